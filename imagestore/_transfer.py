@@ -1,0 +1,359 @@
+"""The one place where bytes move into a store: block plan, zero runs, pump, commit.
+
+::
+
+    source ─► blocks (budget) ─► verifier ─► digests (a lane each) ─► write lane (zero runs, block digest, retry)
+                                             ▼
+                 all written · size equal · digests equal · signature good
+                                             ▼
+                               commit (in doubt? the token decides)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from typing import Final
+
+from imagestore._digest import Digests, block_digest, compare
+from imagestore._models import MIB, Progress, Retry, Verifier
+from imagestore._pool import Lane, Share
+from imagestore._retry import Backoff, Caller, Notify
+from imagestore._source import Source, zeros
+from imagestore.driver import Block, Capabilities, Upload
+from imagestore.errors import (
+    AlreadyExists,
+    Cancelled,
+    LimitExceeded,
+    NotFound,
+    SignatureMismatch,
+    SizeMismatch,
+    StoreError,
+)
+
+__all__ = ["BlockPlan", "Transfer", "commit", "data_runs"]
+
+BLOCK: Final = 8 * MIB
+BLOCK_UNKNOWN: Final = 16 * MIB
+HOLE_MIN: Final = 64 * 1024
+
+
+class BlockPlan:
+    """How long each block is.
+
+    Without a limit on their number all blocks are as long as preferred (8 MiB, or what the backend's limits make of
+    it). With one, an image of known size gets the shortest equal blocks, in whole MiB, that fit; an image of
+    unknown size begins with 16 MiB and doubles in equally many steps (five or more) until ``max_size`` fits.
+
+    Attributes:
+        capacity: the largest image that fits, in bytes; None: any.
+    """
+
+    def __init__(self, caps: Capabilities, size: int | None, max_size: int, preferred: int | None = None) -> None:
+        self.capacity: int | None = None
+        self._caps = caps
+        self._step: int | None = None
+        self._first = self._fit(preferred or BLOCK)
+        count = caps.blocks_max
+        if count is None:
+            return
+        if caps.block_max is not None:
+            self.capacity = caps.block_max * count
+        if size is not None:
+            grain = min(MIB, self._first)
+            self._first = max(self._first, self._fit(-(-size // (count * grain)) * grain))
+            return
+        self._first = self._fit(preferred or BLOCK_UNKNOWN)
+        tiers = min(5, count)
+        while tiers < min(count, 40) and ((1 << tiers) - 1) * self._first * (count // tiers) < max_size:
+            tiers += 1
+        self._step = count // tiers
+        self.capacity = sum(self.size_of(tier * self._step) * self._step for tier in range(tiers))
+
+    def size_of(self, index: int) -> int:
+        if self._step is None:
+            return self._first
+        return self._fit(self._first << min(index // self._step, 40))
+
+    def _fit(self, length: int) -> int:
+        unit = self._caps.sparse_unit or 1
+        length = -(-max(length, self._caps.block_min) // unit) * unit
+        return min(length, self._caps.block_max or length)
+
+
+def data_runs(data: bytes, unit: int) -> Iterator[tuple[int, int]]:
+    """The parts (start, stop) of ``data`` that are not all zero, cut at multiples of ``unit``.
+
+    Parts nearer than 64 KiB are one: a hole so small saves less than a request costs.
+    """
+    size = len(data)
+    zero = zeros(unit)
+    start = stop = -1
+    for position in range(0, size, unit):
+        # bytes.startswith compares with memcmp; the same with a memoryview, or any(), is a hundred times slower.
+        if data.startswith(zero if size - position >= unit else zeros(size - position), position):
+            continue
+        if start < 0:
+            start = position
+        elif position - stop >= HOLE_MIN:
+            yield start, stop
+            start = position
+        stop = min(position + unit, size)
+    if start >= 0:
+        yield start, stop
+
+
+class _Parties:
+    """Calls ``done`` when the last of ``count`` users of a block is done with it."""
+
+    def __init__(self, count: int, done: Callable[[], None]) -> None:
+        self._count = count
+        self._done = done
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._count -= 1
+            last = self._count == 0
+        if last:
+            self._done()
+
+
+class Transfer:
+    """Moves one source into one upload. `run` returns when every check has passed; then comes `commit`.
+
+    Attributes:
+        total: bytes read from the source.
+        stored: bytes sent to the backend.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        upload: Upload,
+        caller: Caller,
+        pool: ThreadPoolExecutor,
+        share: Share,
+        plan: BlockPlan,
+        retry: Retry,
+        size: int | None,
+        max_size: int,
+        digests: Digests,
+        expected: Mapping[str, str],
+        verifier: Verifier | None,
+        progress: Progress | None,
+        cancel: threading.Event | None,
+        notify: Notify,
+        stored: Callable[[int, int, int, float], None],
+    ) -> None:
+        self._source = source
+        self._upload = upload
+        self._caller = caller
+        self._caps = caller.driver.capabilities
+        self._lane = Lane(pool, self._caps.parallel_writes)
+        self._share = share
+        self._plan = plan
+        self._retry = retry
+        self._size = size
+        self._max_size = max_size if plan.capacity is None else min(max_size, plan.capacity)
+        self._digests = digests
+        self._expected = expected
+        self._verifier = verifier
+        self._progress = progress
+        self._cancel = cancel
+        self._notify = notify
+        self._on_block = stored
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._done = 0
+        self.total = 0
+        self.stored = 0
+
+    def run(self) -> dict[str, str]:
+        """All bytes stored and checked: returns the digests. Whatever is raised, nothing runs any more."""
+        try:
+            for block in self._blocks():
+                self._verify(block)
+                parties = _Parties(len(self._digests) + 1, self._release(len(block.data)))
+                only = block.last and block.index == 0
+                self._digests.update(block.data, parties, self._check, inline=only)
+                self._lane.submit(self._write_job(block), parties)
+                self._report()
+            self._lane.wait(check=self._check)
+            self._check()
+            found = self._digests.finish()
+            compare(self._expected, found)
+            self._sign()
+            self._report()
+            return found
+        finally:
+            self._stop.set()
+            self._lane.drop()
+            self._digests.close()
+            self._share.close()
+
+    def _blocks(self) -> Iterator[Block]:
+        """Whole blocks, each within the budget. The size is checked here: a longer source is refused at once."""
+        index = 0
+        while True:
+            length = self._plan.size_of(index)
+            if self._size is not None:
+                length = min(length, self._size - self.total)
+            if length == 0:
+                if not self._source.ended():
+                    raise SizeMismatch(f"the source has more than the {self._size} bytes declared")
+                return
+            self._share.acquire(length, self._check)
+            data = self._source.block(length)
+            self._share.release(length - len(data))
+            offset, self.total = self.total, self.total + len(data)
+            if self._size is not None and len(data) < length:
+                raise SizeMismatch(f"the source ended after {self.total} of the {self._size} bytes declared")
+            if self.total > self._max_size:
+                raise LimitExceeded(f"the image is larger than {self._max_size} bytes")
+            if not data:
+                return
+            last = self.total == self._size if self._size is not None else len(data) < length or self._source.ended()
+            self._check()
+            yield Block(index=index, offset=offset, data=data, last=last)
+            if last and self._size is None:
+                return
+            index += 1
+
+    def _release(self, amount: int) -> Callable[[], None]:
+        return lambda: self._share.release(amount)
+
+    def _check(self) -> None:
+        if self._lane.error is not None:
+            raise self._lane.error
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled("the caller cancelled the transfer")
+
+    def _verify(self, block: Block) -> None:
+        if self._verifier is not None:
+            try:
+                self._verifier.update(block.data)
+            except Exception as error:
+                raise SignatureMismatch(f"the verifier failed with {type(error).__name__}: {error}") from error
+
+    def _sign(self) -> None:
+        if self._verifier is not None:
+            try:
+                self._verifier.verify()
+            except Exception as error:
+                raise SignatureMismatch(f"the verifier refused it with {type(error).__name__}: {error}") from error
+
+    def _write_job(self, block: Block) -> Callable[[], None]:
+        return lambda: self._write(block)
+
+    def _write(self, block: Block) -> None:
+        began = time.monotonic()
+        sent = 0
+        for piece in self._pieces(block):
+            self._write_piece(piece)
+            sent += len(piece.data)
+        with self._lock:
+            self._done += len(block.data)
+            self.stored += sent
+        self._on_block(block.index, len(block.data), sent, time.monotonic() - began)
+
+    def _pieces(self, block: Block) -> Iterator[Block]:
+        if self._caps.sparse_unit is None:
+            yield self._digested(block)
+            return
+        for start, stop in data_runs(block.data, self._caps.sparse_unit):
+            if (start, stop) == (0, len(block.data)):
+                yield self._digested(block)
+            else:
+                data = block.data[start:stop]
+                yield self._digested(Block(index=block.index, offset=block.offset + start, data=data, last=block.last))
+
+    def _digested(self, block: Block) -> Block:
+        algorithm = self._caps.block_digest
+        if algorithm is None:
+            return block
+        digest = block_digest(algorithm, block.data)
+        return Block(index=block.index, offset=block.offset, data=block.data, last=block.last, digest=digest)
+
+    def _write_piece(self, piece: Block) -> None:
+        backoff = Backoff(self._retry, stop=self._stop, notify=self._notify)
+        while True:
+            try:
+                return self._caller("write", self._upload.write, self._upload.location, None, piece)
+            except StoreError as error:
+                if not self._caps.repeatable_writes:
+                    raise
+                backoff.failed(error, "write")
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done, self._size)
+
+
+class _Found(Enum):
+    OURS = "ours"
+    OTHERS = "others"
+    NOTHING = "nothing"
+    UNKNOWN = "unknown"
+
+
+def commit(upload: Upload, size: int, token: str, caller: Caller, backoff: Backoff) -> None:
+    """Make the upload visible; an attempt whose outcome is not known is looked into before anything else is done.
+
+    Raises `AlreadyExists` if somebody else's image is there, and `InDoubt` if nobody can tell whose it is.
+    """
+    doubt = False
+    while True:
+        try:
+            return caller("commit", upload.commit, upload.location, None, size)
+        except StoreError as error:
+            known = isinstance(error, (AlreadyExists, NotFound))
+            if not error.temporary and not (doubt and known):
+                raise
+            found = _look(upload, size, token, caller, backoff, error)
+            if found is _Found.OURS:
+                # The image stands; what the driver would have tidied up after its lost step is not worth an error.
+                with contextlib.suppress(StoreError):
+                    caller("abort", upload.abort, upload.location)
+                return None
+            if found is _Found.OTHERS:
+                raise AlreadyExists(
+                    "another image got this id first", location=upload.location.uri, image_id=error.image_id
+                ) from error
+            if not error.temporary:
+                if found is _Found.UNKNOWN:
+                    raise InDoubt(error) from error
+                raise
+            doubt = True
+            backoff.failed(error, "commit")
+
+
+def _look(upload: Upload, size: int, token: str, caller: Caller, backoff: Backoff, cause: StoreError) -> _Found:
+    """What stands at the upload's location after a commit in doubt."""
+    while True:
+        try:
+            stat = caller("stat", caller.driver.stat, upload.location, None, upload.location)
+        except NotFound:
+            return _Found.NOTHING
+        except StoreError as error:
+            try:
+                backoff.failed(error, "stat")
+            except StoreError:
+                raise InDoubt(cause) from error
+            continue
+        if not caller.driver.capabilities.commit_proof or stat.token is None:
+            return _Found.UNKNOWN
+        return _Found.OURS if stat.token == token and stat.size == size else _Found.OTHERS
+
+
+class InDoubt(Exception):
+    """Nobody knows whether the commit took effect, so nothing may be taken back. Carries the error of the commit."""
+
+    def __init__(self, error: StoreError) -> None:
+        super().__init__(str(error))
+        self.error = error
