@@ -126,8 +126,8 @@ class StoreError(Exception):
         retry_after: float | None = None,
         attempts: int | None = None,
     ) -> None:
-        super().__init__(message)
         self.message = redact(message)
+        super().__init__(self.message)
         self.store = store
         self.driver = driver
         self.operation = operation

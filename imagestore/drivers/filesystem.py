@@ -249,8 +249,7 @@ class FilesystemDriver(Driver):
         self._probing = threading.Lock()
 
     def _invalid(self, option: str, problem: str) -> InvalidOption:
-        section = f" in section [{self.store}]" if self.store else ""
-        return InvalidOption(f"option {option}{section}: {problem}", store=self.store or None, driver=self.name)
+        return InvalidOption(f"option {option}: {problem}", store=self.store or None, driver=self.name)
 
     def _check_path(self, option: str, path: str) -> str:
         """``path`` without superfluous slashes."""
@@ -331,10 +330,10 @@ class FilesystemDriver(Driver):
         except OSError as error:
             if error.errno not in _MISCONFIGURED:
                 raise
-            section = f" of section [{self.store}]" if self.store else ""
             raise ConfigurationError(
-                f"directory {directory.path} in option {directory.option}{section} can't be used: images can't be "
-                f"created there: {error.strerror}"
+                f"option {directory.option}: images can't be created in {directory.path}: {error.strerror}",
+                store=self.store or None,
+                driver=self.name,
             ) from error
         status = os.fstat(directory.fd)
         for other in self._directories:

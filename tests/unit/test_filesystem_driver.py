@@ -951,12 +951,12 @@ def test_directories_that_can_not_be_used(base: Path, monkeypatch: pytest.Monkey
     (base / "alias").symlink_to("one")
     before = descriptors()
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"datadir": f"{base}/file"}, rf"{base}/file in option datadir of section \[local\]"),
+        ({"datadir": f"{base}/file"}, f"option datadir: images can't be created in {base}/file"),
         ({"datadir": f"{base}/file/below"}, "option datadir"),
         ({"datadir": f"{base}/missing", "create_datadir": False}, "No such file"),
         (
             {"datadirs": [f"{base}/one", f"{base}/missing"], "create_datadir": False},
-            f"{base}/missing in option datadirs",
+            f"option datadirs: images can't be created in {base}/missing",
         ),
         ({"datadirs": [f"{base}/one", f"{base}/alias"]}, "same directory"),
     ]
@@ -1037,7 +1037,7 @@ def test_options_that_are_wrong(values: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidOption, match=text) as caught:
         build(**values)
     assert caught.value.store == "local"
-    assert "[local]" in caught.value.message
+    assert "store local" in str(caught.value)
 
 
 def test_datadirs_are_sorted_and_tidied() -> None:
@@ -1433,7 +1433,7 @@ def test_no_permission_for_another_user(base: Path, tmp_path: Path) -> None:
             os.setgid(65534)
             os.setuid(65534)
             other = build(datadir=str(base))
-            with pytest.raises(ConfigurationError, match=f"{base} .*Permission denied"):
+            with pytest.raises(ConfigurationError, match=f"{base}: Permission denied"):
                 other.open()
             other._directories[0].fd = os.open(base, os.O_RDONLY)
             for use in (other.stat, other.delete):
