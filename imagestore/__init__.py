@@ -15,6 +15,7 @@ TYPE_CHECKING = False  # as type checkers have it, without the cost of importing
 if TYPE_CHECKING:
     from imagestore._models import (
         AbortFailed,
+        AddedToMany,
         AddResult,
         BlockStored,
         CommitStarted,
@@ -79,6 +80,7 @@ __all__ = [
     "AbortFailed",
     "AccessError",
     "AddResult",
+    "AddedToMany",
     "AlreadyExists",
     "BlockStored",
     "Cancelled",
@@ -139,6 +141,7 @@ _HOMES = {
     "imagestore._models": (
         "AbortFailed",
         "AddResult",
+        "AddedToMany",
         "BlockStored",
         "CommitStarted",
         "Event",

@@ -965,7 +965,7 @@ def _check_config(session: Session, files: tuple[str, ...], connect: bool) -> No
         session.say(f"no fault in {', '.join(paths)}")
         return
     with load_stores(*paths) as stores:
-        for name, store in stores.items():
+        for name, store in ((store.name, store) for store in stores.values()):
             try:
                 _ = store.capabilities
             except errors.StoreError as error:

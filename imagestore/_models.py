@@ -8,11 +8,12 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from imagestore.errors import redact
+from imagestore.errors import StoreError, redact
 
 __all__ = [
     "AbortFailed",
     "AddResult",
+    "AddedToMany",
     "BlockStored",
     "CommitStarted",
     "Event",
@@ -141,6 +142,14 @@ class AddResult:
     digests: Mapping[str, str]
     stored: int
     stat: Stat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AddedToMany:
+    """What ``Stores.add`` did: by name of store, the results of those that have the image, and the others' errors."""
+
+    results: Mapping[str, AddResult]
+    errors: Mapping[str, StoreError]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

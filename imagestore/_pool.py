@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from imagestore._models import Event, Limits, Observer
-from imagestore.errors import Cancelled, StoreError
+from imagestore.errors import StoreError
 
 __all__ = ["Budget", "Engine", "Lane", "Share"]
 
@@ -157,6 +157,7 @@ class Lane:
         self._width = width
         self._jobs: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
         self._running = 0
+        self._dropped = False
         self._change = threading.Condition()
         self.error: BaseException | None = None
 
@@ -179,8 +180,7 @@ class Lane:
     def drop(self) -> None:
         """Forget what has not begun, and wait for what has."""
         with self._change:
-            if self.error is None:
-                self.error = Cancelled("the transfer ended")
+            self._dropped = True
         self.wait()
 
     def _schedule(self) -> None:
@@ -201,7 +201,7 @@ class Lane:
     def _run(self) -> None:
         with self._change:
             job = self._jobs.popleft() if self._jobs else None
-            failed = self.error is not None
+            failed = self._dropped or self.error is not None
         if job is not None:
             try:
                 if not failed:

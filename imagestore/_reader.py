@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
-from imagestore._digest import Digests, compare
+from imagestore._digest import Digests, check_expected, compare
 from imagestore._models import MIB, Location, Progress, Stat
+from imagestore._pool import Engine
+from imagestore._record import Record, canceller, quiet
 from imagestore._retry import Backoff, Caller
 from imagestore._source import zeros
 from imagestore.driver import Reading, Verbs
-from imagestore.errors import Changed, SizeMismatch, StoreError, Unavailable
+from imagestore.errors import (
+    Cancelled,
+    Changed,
+    InvalidLocation,
+    InvalidRequest,
+    NotFound,
+    SizeMismatch,
+    StoreError,
+    Unavailable,
+)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["ImageReader", "ResumingReader"]
+__all__ = ["FailoverReader", "ImageReader", "ResumingReader", "check_range", "open_image"]
 
 HOLE_MIN: Final = MIB
 """Holes smaller than this are read like data: asking anew would cost more than their zeros."""
@@ -38,12 +51,17 @@ class ResumingReader:
         self._closed = False
 
     def open(self, start: int, stop: int | None, known: Stat | None = None) -> Stat:
-        """Connect, or with ``known`` take that for granted. Both ends are cut to the size."""
+        """Connect, or with ``known`` take that for granted. ``stop`` is cut to the size.
+
+        Raises `InvalidRequest` if ``start`` is past the end.
+        """
         if known is None and (start or stop is not None or hasattr(self._driver, "extents")):
             known = self._try("stat", lambda: self._driver.stat(self._location))
         self.stat = known or self._first()
-        self.start = self.position = min(start, self.stat.size)
-        self.stop = self.stat.size if stop is None else max(self.start, min(stop, self.stat.size))
+        if start > self.stat.size:
+            raise InvalidRequest(f"the range begins at byte {start}, the image has {self.stat.size}")
+        self.start = self.position = start
+        self.stop = self.stat.size if stop is None else min(stop, self.stat.size)
         self._chunks = self._run()
         return self.stat
 
@@ -153,6 +171,96 @@ class ResumingReader:
         self.close_reading()
 
 
+Opener = Callable[[int, int | None], ResumingReader]
+
+
+class FailoverReader:
+    """The same from the first of several copies that works.
+
+    Before the first byte any copy may take over. Later one may only if ``midway`` allows it, and if it is of the
+    same size: then digests must decide whether what was put together is the image.
+    """
+
+    def __init__(self, openers: Sequence[Opener], *, midway: bool) -> None:
+        self._openers = deque(openers)
+        self._midway = midway
+
+    def open(self, start: int, stop: int | None) -> Stat:
+        """Connect to the first copy that lets us. Raises the first copy's error if none does."""
+        self.start = self.position = start
+        self._current = self._connect(start, stop, None)
+        self.stat = self._current.stat
+        self.stop = self._current.stop
+        return self.stat
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        while True:
+            try:
+                chunk = next(self._current)
+            except Cancelled:
+                raise
+            except StoreError as error:
+                self._current.close_reading()
+                if self.position != self.start and not self._midway:
+                    raise
+                self._current = self._connect(self.position, self.stop, error)
+            else:
+                self.position += len(chunk)
+                return chunk
+
+    def close(self) -> None:
+        self._current.close()
+
+    def _connect(self, start: int, stop: int | None, cause: StoreError | None) -> ResumingReader:
+        while self._openers:
+            try:
+                reader = self._openers.popleft()(start, stop)
+            except (Cancelled, InvalidRequest) as error:
+                if not isinstance(error, InvalidLocation):
+                    raise
+                cause = cause or error
+                continue
+            except StoreError as error:
+                cause = cause or error
+                continue
+            if not self.position or start == self.start or reader.stat.size == self.stat.size:
+                return reader
+            reader.close()
+        raise cause or NotFound("there is no location to read from")
+
+
+def check_range(start: int, stop: int | None, expected: Mapping[str, str] | None) -> dict[str, str]:
+    """The expected digests in lower case. Raises `InvalidRequest` for ranges that make no sense."""
+    if start < 0 or (stop is not None and stop < start):
+        raise InvalidRequest(f"no such range: {start} to {stop}")
+    if expected and (start or stop is not None):
+        raise InvalidRequest("expected digests are of a whole image, not of a range")
+    return check_expected((), expected)[1]
+
+
+def open_image(
+    reader: ResumingReader | FailoverReader,
+    expected: Mapping[str, str],
+    engine: Engine,
+    progress: Progress | None,
+    cancel: threading.Event | None,
+    record: Record,
+) -> ImageReader:
+    """The file object over a reader that is connected."""
+    record.started(reader.stop - reader.start)
+    return ImageReader(
+        reader,
+        expected=expected,
+        digests=Digests(expected, engine.digest_pool),
+        progress=quiet(progress),
+        check=canceller(cancel),
+        done=record.read,
+    )
+
+
 class ImageReader(io.BufferedIOBase):
     """An image being read: a binary file object that can't seek, an iterator over chunks, a context manager.
 
@@ -166,7 +274,7 @@ class ImageReader(io.BufferedIOBase):
 
     def __init__(
         self,
-        reader: ResumingReader,
+        reader: ResumingReader | FailoverReader,
         *,
         expected: Mapping[str, str],
         digests: Digests,

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, Final, Protocol, TypeAlias, cast
 
 from imagestore._models import MIB
-from imagestore.errors import InvalidRequest, SourceError
+from imagestore.errors import InvalidRequest, SourceError, StoreError
 
 __all__ = ["Readable", "Source", "SourceType", "open_source", "zeros"]
 
@@ -208,7 +208,8 @@ def _source_errors() -> Iterator[None]:
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError(f"the source failed with {type(error).__name__}: {error}") from error
+        temporary = isinstance(error, StoreError) and error.temporary
+        raise SourceError(f"the source failed with {type(error).__name__}: {error}", temporary=temporary) from error
 
 
 def open_source(source: SourceType) -> Source:

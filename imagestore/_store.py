@@ -4,62 +4,52 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import dataclasses
+import functools
 import logging
 import os
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from imagestore._adding import Adding, add, check_metadata, request
+from imagestore._connection import Borrowed, Connection
 from imagestore._digest import Digests, check_expected, compare
 from imagestore._download import Target, fetch
 from imagestore._models import (
-    AbortFailed,
     AddResult,
-    BlockStored,
-    CommitStarted,
-    Event,
     Leftover,
     Limits,
     Location,
     Observer,
     Progress,
-    Retried,
     Retry,
     Stat,
     StoredImage,
     Timeouts,
-    TransferEnded,
-    TransferStarted,
     Usage,
     Verifier,
     VerifyResult,
 )
 from imagestore._pool import Engine
-from imagestore._reader import ImageReader, ResumingReader
+from imagestore._reader import ImageReader, ResumingReader, check_range, open_image
+from imagestore._record import Record, canceller, quiet
 from imagestore._retry import Backoff, Caller
-from imagestore._source import Source, SourceType, open_source
-from imagestore._transfer import BlockPlan, InDoubt, Transfer, commit
-from imagestore.driver import IMAGE_ID, Capabilities, Driver, Hints, Upload, Verbs, split_credentials
+from imagestore._source import SourceType, open_source
+from imagestore.driver import IMAGE_ID, Capabilities, Driver, Hints, split_credentials
 from imagestore.errors import (
     AlreadyExists,
-    Cancelled,
     InvalidImageId,
     InvalidLocation,
     InvalidRequest,
-    LimitExceeded,
     NotFound,
     SizeMismatch,
     StoreError,
     Unauthenticated,
     Unsupported,
-    redact,
 )
 
 __all__ = ["Store"]
@@ -70,44 +60,6 @@ T = TypeVar("T")
 
 DAY = 86400.0
 LOCATION_MAX = 4096
-
-
-class _Opened:
-    """What a store has once it is open: a driver and threads. Made anew after a fork."""
-
-    def __init__(self, driver: Driver, name: str, workers: int) -> None:
-        self.driver = driver
-        self.caller = Caller(driver, name)
-        self.workers = workers
-        self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
-
-    def pool(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.workers, "imagestore-worker")
-            return self._pool
-
-    def close(self) -> None:
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown()
-        self.caller("close", self.driver.close)
-
-
-class _Bound(_Opened):
-    """The same for a view that acts for a user: it has a driver of its own and borrows the threads."""
-
-    def __init__(self, driver: Driver, name: str, owner: _Opened) -> None:
-        super().__init__(driver, name, owner.workers)
-        self._owner = owner
-
-    def pool(self) -> ThreadPoolExecutor:
-        return self._owner.pool()
-
-    def close(self) -> None:
-        """What it borrowed belongs to the store."""
 
 
 class Store:
@@ -157,7 +109,7 @@ class Store:
         self._bound = False
         self._used = False
         self._warned = False
-        self._opened: _Opened | None = None
+        self._opened: Connection | None = None
         self._reset()
         _after_fork.add(self)
 
@@ -223,14 +175,14 @@ class Store:
         ``service_catalog``. Raises `Unsupported` where the driver acts for itself only.
         """
         opened = self._open()
-        verbs = self._verbs("bind")
-        driver = opened.caller("bind", verbs.bind, None, None, auth)
+        self._require("bind")
+        driver = opened.caller("bind", opened.verbs.bind, None, None, auth)
         view = Store.__new__(Store)
         view.__dict__.update(self.__dict__)
         view._template = driver
         view._bound = True
         view._owns_engine = False
-        view._opened = _Bound(driver, self.name, opened)
+        view._opened = Borrowed(driver, opened)
         _after_fork.add(view)
         return view
 
@@ -278,68 +230,33 @@ class Store:
         After any of these nothing can be read under the id, but what another call stored. What could not be
         cleaned up is in `uploads`.
         """
-        opened = self._open(authorised=True)
-        self._check_id(opened, image_id)
-        verbs = self._verbs("create")
-        names, wanted = self._expected("add", digests, expected)
-        limit = self.limits.max_size if max_size is None else min(max_size, self.limits.max_size)
-        record = _Record(self, "add", image_id, observer)
+        adding = self._adding(image_id, observer)
         with self._slot(cancel), self._context("add", image_id), contextlib.closing(open_source(source)) as data:
-            size = self._declared(size, data)
-            plan = BlockPlan(opened.driver.capabilities, size, limit, self._block_size)
-            self._check_size(opened, size, limit, plan)
-            hints = Hints(
-                token=secrets.token_hex(16),
+            what = request(
+                data,
+                [adding.capabilities],
+                self._engine,
                 size=size,
-                block_size=plan.size_of(0),
-                metadata=MappingProxyType(self._check_metadata(metadata)),
+                digests=digests,
+                expected=expected,
+                verifier=verifier,
+                metadata=metadata,
+                max_size=max_size,
+                progress=progress,
+                cancel=cancel,
+                block_size=self._block_size,
             )
-            if self._retrying(opened, "locate", record, lambda: verbs.locate(image_id)) is not None:
-                raise AlreadyExists("the id is taken")
-            with record.running(size), self._uploading(opened, verbs, image_id, hints, record) as upload:
-                transfer = Transfer(
-                    source=data,
-                    upload=upload,
-                    caller=opened.caller,
-                    pool=opened.pool(),
-                    share=self._engine.share(),
-                    plan=plan,
-                    retry=self._retry,
-                    size=size,
-                    max_size=limit,
-                    digests=Digests(names, self._engine.digest_pool),
-                    expected=wanted,
-                    verifier=verifier,
-                    progress=_quiet(progress),
-                    cancel=cancel,
-                    notify=record.retried,
-                    stored=record.block,
-                )
-                found = transfer.run()
-                record.commit(transfer.total)
-                backoff = Backoff(self._retry, notify=record.retried)
-                commit(upload, transfer.total, hints.token, opened.caller, backoff)
-                record.digests = found
-            stat = self._settled(opened, upload, transfer.total, hints.token, record)
-        return AddResult(
-            image_id=image_id,
-            store=self.name,
-            location=upload.location,
-            size=transfer.total,
-            digests=MappingProxyType(found),
-            stored=transfer.stored,
-            stat=stat,
-        )
+            return add([adding], what).stands[adding]
 
     def delete(self, location: Location | str) -> None:
         """Delete an image. Raises `NotFound`, and `InUse` if something still needs it."""
         opened, place = self._place(location)
-        verbs = self._verbs("delete")
+        self._require("delete")
         backoff = Backoff(self._retry)
         doubt = False
         while True:
             try:
-                return opened.caller("delete", verbs.delete, place, None, place)
+                return opened.caller("delete", opened.verbs.delete, place, None, place)
             except NotFound:
                 if doubt:
                     return None
@@ -367,32 +284,12 @@ class Store:
 
         Raises `NotFound` at once; `InvalidRequest` if ``start`` is past the end. ``stop`` is cut to the size.
         """
-        opened, place = self._place(location)
-        if start < 0 or (stop is not None and stop < start):
-            raise InvalidRequest(f"no such range: {start} to {stop}", store=self.name, operation="get")
-        if expected and (start or stop is not None):
-            raise InvalidRequest("expected digests are of a whole image, not of a range", store=self.name)
-        _, wanted = self._expected("get", (), expected)
-        record = _Record(self, "get", place.image_id, None)
-        reader = ResumingReader(opened.caller, place, Backoff(self._retry, stop=cancel, notify=record.retried))
-        reader.open(start, stop)
-        if start > reader.stat.size:
-            reader.close()
-            raise InvalidRequest(
-                f"the range begins at byte {start}, the image has {reader.stat.size}",
-                store=self.name,
-                operation="get",
-                location=place.uri,
-            )
-        record.started(reader.stop - reader.start)
-        return ImageReader(
-            reader,
-            expected=wanted,
-            digests=Digests(wanted, self._engine.digest_pool),
-            progress=_quiet(progress),
-            check=_canceller(cancel),
-            done=record.read,
-        )
+        with self._context("get"):
+            wanted = check_range(start, stop, expected)
+        place = self.parse(location)
+        record = self._record("get", place.image_id)
+        reader = self._read(place, start, stop, cancel, record)
+        return open_image(reader, wanted, self._engine, progress, cancel, record)
 
     def download(
         self,
@@ -410,9 +307,9 @@ class Store:
         """
         opened, place = self._place(location)
         names, wanted = self._expected("download", (), expected)
-        record = _Record(self, "download", place.image_id, None)
+        record = self._record("download", place.image_id)
         with self._slot(cancel), self._context("download", None, place), Target(path, overwrite=overwrite) as target:
-            stat = self._retrying(opened, "stat", record, lambda: opened.driver.stat(place), place)
+            stat = opened.retrying("stat", lambda: opened.driver.stat(place), place, notify=record.retried)
 
             def open_range(start: int, end: int) -> ResumingReader:
                 reader = ResumingReader(opened.caller, place, Backoff(self._retry, stop=cancel, notify=record.retried))
@@ -428,8 +325,8 @@ class Store:
                     pool=opened.pool(),
                     share=self._engine.share(),
                     digests=computed,
-                    progress=_quiet(progress),
-                    check=_canceller(cancel),
+                    progress=quiet(progress),
+                    check=canceller(cancel),
                 )
                 record.size = stat.size
                 record.digests = computed.finish()
@@ -449,7 +346,7 @@ class Store:
         """Read a whole image and compute its digests. Raises `DigestMismatch` if one differs from the expected."""
         names, wanted = self._expected("verify", digests, expected)
         computed = Digests(names, self._engine.digest_pool)
-        check = _canceller(cancel)
+        check = canceller(cancel)
         try:
             with self.get(location, progress=progress, cancel=cancel) as reader:
                 for chunk in reader:
@@ -465,7 +362,7 @@ class Store:
     def stat(self, location: Location | str) -> Stat:
         """What the backend knows of an image. Raises `NotFound`."""
         opened, place = self._place(location)
-        return self._retrying(opened, "stat", None, lambda: opened.driver.stat(place), place)
+        return opened.retrying("stat", lambda: opened.driver.stat(place), place)
 
     def get_size(self, location: Location | str) -> int:
         """The length of an image in bytes. Raises `NotFound`."""
@@ -475,8 +372,8 @@ class Store:
         """The location of the image of that id. Raises `NotFound`."""
         opened = self._open(authorised=True)
         self._check_id(opened, image_id)
-        verbs = self._verbs("locate")
-        found = self._retrying(opened, "locate", None, lambda: verbs.locate(image_id))
+        self._require("locate")
+        found = opened.retrying("locate", lambda: opened.verbs.locate(image_id))
         if found is None:
             raise NotFound(
                 "no image of that id", store=self.name, driver=self.driver_name, operation="locate", image_id=image_id
@@ -496,20 +393,20 @@ class Store:
     def list(self) -> Iterator[StoredImage]:
         """All images, in no particular order."""
         opened = self._open(authorised=True)
-        verbs = self._verbs("list")
-        return _guarded(opened.caller, "list", verbs.list)
+        self._require("list")
+        return _guarded(opened.caller, "list", opened.verbs.list)
 
     def usage(self) -> Usage:
         """Room in the backend, in bytes."""
         opened = self._open(authorised=True)
-        verbs = self._verbs("usage")
-        return self._retrying(opened, "usage", None, verbs.usage)
+        self._require("usage")
+        return opened.retrying("usage", opened.verbs.usage)
 
     def uploads(self) -> Iterator[Leftover]:
         """What unfinished uploads and deletes left behind, and the uploads that still run."""
         opened = self._open(authorised=True)
-        verbs = self._verbs("uploads")
-        return _guarded(opened.caller, "uploads", verbs.uploads)
+        self._require("uploads")
+        return _guarded(opened.caller, "uploads", opened.verbs.uploads)
 
     def collect(
         self,
@@ -526,7 +423,7 @@ class Store:
             dry_run: remove nothing, only return what would be.
         """
         opened = self._open(authorised=True)
-        verbs = self._verbs("discard")
+        self._require("discard")
         seconds = older_than.total_seconds() if isinstance(older_than, timedelta) else float(older_than)
         if not seconds >= 0:
             raise InvalidRequest(f"older_than is a number of seconds, not {older_than!r}", store=self.name)
@@ -539,7 +436,7 @@ class Store:
             ):
                 continue
             if not dry_run:
-                self._retrying(opened, "discard", None, lambda leftover=leftover: verbs.discard(leftover))  # type: ignore[misc]  # mypy: bound default
+                opened.retrying("discard", functools.partial(opened.verbs.discard, leftover))
             taken.append(leftover)
         return taken
 
@@ -550,7 +447,7 @@ class Store:
         self._opened = None
         self._slots = threading.Semaphore(self.limits.max_transfers) if self.limits.max_transfers else None
 
-    def _open(self, *, authorised: bool = False) -> _Opened:
+    def _open(self, *, authorised: bool = False) -> Connection:
         opened = self._opened
         if opened is None:
             if self._bound:
@@ -565,13 +462,13 @@ class Store:
             )
         return opened
 
-    def _connect(self) -> _Opened:
+    def _connect(self) -> Connection:
         if self._used:
             # A driver is opened once in its life, and never in two processes.
             self._template = self._template.clone()
         self._used = True
         driver = self._template
-        opened = _Opened(driver, self.name, self.limits.workers)
+        opened = Connection(driver, self.name, self._retry, self.limits.workers)
         backoff = Backoff(self._retry)
         while True:
             try:
@@ -585,17 +482,25 @@ class Store:
             _log.warning("store %s: a taken id is not refused for certain at commit: %s", self.name, caps.collision)
         return opened
 
-    def _place(self, location: Location | str) -> tuple[_Opened, Location]:
+    def _read(
+        self, location: Location | str, start: int, stop: int | None, cancel: threading.Event | None, record: Record
+    ) -> ResumingReader:
+        opened, place = self._place(location)
+        reader = ResumingReader(opened.caller, place, Backoff(self._retry, stop=cancel, notify=record.retried))
+        with self._context("get", None, place):
+            reader.open(start, stop)
+        return reader
+
+    def _place(self, location: Location | str) -> tuple[Connection, Location]:
         place = self.parse(location)
         return self._open(authorised=True), place
 
-    def _verbs(self, verb: str) -> Verbs:
+    def _require(self, verb: str) -> None:
         if not self.supports(verb):
             what = "is read only" if verb == "create" else f"has no {verb}"
             raise Unsupported(f"the {self.driver_name} driver {what}", store=self.name, driver=self.driver_name)
-        return cast(Verbs, self._template)
 
-    def _check_id(self, opened: _Opened, image_id: str) -> None:
+    def _check_id(self, opened: Connection, image_id: str) -> None:
         if not isinstance(cast(object, image_id), str) or not IMAGE_ID.fullmatch(image_id):
             raise InvalidImageId(
                 f"not an image id: {str(image_id)[:220]!r}; an id has 1 to 200 letters, digits, dots, dashes and "
@@ -604,7 +509,7 @@ class Store:
                 driver=self.driver_name,
             )
         if self.supports("check_id"):
-            opened.caller("check_id", self._verbs("check_id").check_id, None, image_id, image_id)
+            opened.caller("check_id", opened.verbs.check_id, None, image_id, image_id)
 
     def _expected(
         self, operation: str, digests: Sequence[str], expected: Mapping[str, str] | None
@@ -612,30 +517,52 @@ class Store:
         with self._context(operation):
             return check_expected(digests, expected)
 
-    def _check_metadata(self, metadata: Mapping[str, str] | None) -> dict[str, str]:
-        kept = dict(metadata or {})
-        if any(not isinstance(cast(object, text), str) for pair in kept.items() for text in pair):
-            raise InvalidRequest("metadata is text: names and values are str")
-        return kept
+    def _adding(self, image_id: str, observer: Observer | None) -> Adding:
+        """This store's part of an add. Raises for ids that it can't keep, and where it can't add at all."""
+        connection = self._open(authorised=True)
+        self._check_id(connection, image_id)
+        self._require("create")
+        return Adding(connection, image_id, self._record("add", image_id, observer), abort_within=self._timeouts.abort)
 
-    def _declared(self, size: int | None, source: Source) -> int | None:
-        if size is None:
-            return source.size
-        if isinstance(size, bool) or not isinstance(cast(object, size), int) or size < 0:
-            raise InvalidRequest(f"size is a number of bytes or None, not {size!r}")
-        if source.size is not None and source.size != size:
-            raise SizeMismatch(f"{size} bytes were declared, the source has {source.size}")
-        return size
+    def _record(self, operation: str, image_id: str | None, observer: Observer | None = None) -> Record:
+        return Record(
+            operation,
+            image_id,
+            store=self.name,
+            driver=self.driver_name,
+            engine=self._engine,
+            observers=(self._observer, observer),
+        )
 
-    def _check_size(self, opened: _Opened, size: int | None, limit: int, plan: BlockPlan) -> None:
-        if size is None:
-            if opened.driver.capabilities.needs_size:
-                raise InvalidRequest("this backend needs to know the size beforehand: pass size=")
-            return
-        if size > limit:
-            raise LimitExceeded(f"the image has {size} bytes, the limit is {limit}")
-        if plan.capacity is not None and size > plan.capacity:
-            raise LimitExceeded(f"the image has {size} bytes, the backend can hold {plan.capacity}")
+    def _reaches(self, place: Location) -> bool:
+        """Whether this store's backend can copy the image at ``place``, which may be another store's, by itself."""
+        if not self.supports("copy"):
+            return False
+        try:
+            self.parse(place)
+        except InvalidLocation:
+            return False
+        return True
+
+    def _copy(
+        self, place: Location, image_id: str, metadata: Mapping[str, str] | None, observer: Observer | None
+    ) -> AddResult:
+        """Copy inside the backend."""
+        opened, place = self._place(place)
+        self._check_id(opened, image_id)
+        record = self._record("copy", image_id, observer)
+        with self._slot(None), self._context("copy", image_id, place):
+            size = opened.retrying("stat", lambda: opened.driver.stat(place), place, notify=record.retried).size
+            hints = Hints(token=secrets.token_hex(16), size=size, metadata=check_metadata(metadata))
+            if opened.retrying("locate", lambda: opened.verbs.locate(image_id), notify=record.retried) is not None:
+                raise AlreadyExists("the id is taken")
+            with record.running(size):
+                made = opened.caller("copy", opened.verbs.copy, place, image_id, place, image_id, hints)
+                stat = opened.retrying("stat", lambda: opened.driver.stat(made), made, notify=record.retried)
+                if stat.size != size:
+                    raise SizeMismatch(f"the copy has {stat.size} bytes, the image {size}", location=made.uri)
+                record.size = size
+        return AddResult(image_id=image_id, store=self.name, location=made, size=size, digests={}, stored=0, stat=stat)
 
     @contextlib.contextmanager
     def _slot(self, cancel: threading.Event | None) -> Iterator[None]:
@@ -644,7 +571,7 @@ class Store:
         if slots is None:
             yield
             return
-        check = _canceller(cancel)
+        check = canceller(cancel)
         while not slots.acquire(timeout=0.5):
             check()
         try:
@@ -660,172 +587,6 @@ class Store:
         except StoreError as error:
             Caller(self._template, self.name).place(error, operation, place, image_id)
             raise
-
-    def _retrying(
-        self,
-        opened: _Opened,
-        operation: str,
-        record: _Record | None,
-        function: Callable[[], T],
-        place: Location | None = None,
-    ) -> T:
-        backoff = Backoff(self._retry, notify=record.retried if record else None)
-        while True:
-            try:
-                return opened.caller(operation, function, place)
-            except StoreError as error:
-                backoff.failed(error, operation)
-
-    @contextlib.contextmanager
-    def _uploading(
-        self, opened: _Opened, verbs: Verbs, image_id: str, hints: Hints, record: _Record
-    ) -> Iterator[Upload]:
-        """An upload that is taken back unless the block ends well."""
-        if opened.driver.capabilities.repeatable_create:
-            upload = self._retrying(opened, "create", record, lambda: verbs.create(image_id, hints))
-        else:
-            upload = opened.caller("create", verbs.create, None, image_id, image_id, hints)
-        try:
-            yield upload
-        except InDoubt as doubt:
-            # Whether the image stands is unknown: taking the upload back might destroy it.
-            doubt.error.message += "; the commit is in doubt: look for the image before you add it again"
-            record.abort_failed(hints.token, doubt.error)
-            raise doubt.error from doubt.__cause__
-        except BaseException:
-            self._abort(opened, upload, hints.token, record)
-            raise
-
-    def _abort(self, opened: _Opened, upload: Upload, token: str, record: _Record) -> None:
-        """Take the upload back. The error that led here matters more than one that happens now."""
-        policy = dataclasses.replace(self._retry, total=self._timeouts.abort)
-        backoff = Backoff(policy, notify=record.retried)
-        while True:
-            try:
-                return opened.caller("abort", upload.abort, upload.location)
-            except StoreError as error:
-                try:
-                    backoff.failed(error, "abort")
-                except StoreError:
-                    record.abort_failed(token, error)
-                    _log.warning(
-                        "store %s: upload %s could not be taken back and is left for collect(): %s",
-                        self.name,
-                        token,
-                        error,
-                    )
-                    return None
-
-    def _settled(self, opened: _Opened, upload: Upload, size: int, token: str, record: _Record) -> Stat:
-        """What stands after the commit. The image is stored: a backend that fails only now changes nothing of that."""
-        try:
-            stat = self._retrying(opened, "stat", record, lambda: opened.driver.stat(upload.location), upload.location)
-        except StoreError as error:
-            _log.warning("store %s: the image is stored, but can't be looked at: %s", self.name, error)
-            return Stat(size=size, token=token)
-        if stat.size == size:
-            return stat
-        if stat.token == token:
-            with contextlib.suppress(StoreError):
-                opened.caller("delete", self._verbs("delete").delete, upload.location, None, upload.location)
-        raise SizeMismatch(f"{size} bytes were stored, and the backend has {stat.size}", location=upload.location.uri)
-
-
-class _Record:
-    """The events of one transfer."""
-
-    def __init__(self, store: Store, operation: str, image_id: str | None, observer: Observer | None) -> None:
-        self._engine = store._engine
-        self._observers = [o for o in (store._observer, observer) if o is not None]
-        self._began = time.monotonic()
-        self._lock = threading.Lock()
-        self.size = 0
-        self.stored = 0
-        self.digests: Mapping[str, str] = {}
-        self._common: dict[str, Any] = {
-            "store": store.name,
-            "driver": store.driver_name,
-            "operation": operation,
-            "image_id": image_id,
-            "transfer": secrets.token_hex(8) if self._observers else "",
-        }
-
-    def _send(self, kind: type[Event], **values: Any) -> None:
-        for observer in self._observers:
-            self._engine.observe(observer, kind(**self._common, time=time.time(), **values))
-
-    def started(self, size: int | None) -> None:
-        self._send(TransferStarted, size=size)
-
-    @contextlib.contextmanager
-    def running(self, size: int | None) -> Iterator[None]:
-        self.started(size)
-        try:
-            yield
-        except BaseException as error:
-            self.ended(error)
-            raise
-        self.ended(None)
-
-    def block(self, index: int, length: int, stored: int, seconds: float) -> None:
-        with self._lock:
-            self.size += length
-            self.stored += stored
-        self._send(BlockStored, index=index, bytes=length, stored=stored, seconds=seconds)
-
-    def retried(self, step: str, error: StoreError, attempt: int, delay: float) -> None:
-        store = self._common["store"]
-        _log.info("store %s: %s failed, attempt %d, again in %.1f s: %s", store, step, attempt, delay, error)
-        self._send(Retried, step=step, error=str(error), attempt=attempt, delay=delay)
-
-    def read(self, error: BaseException | None, length: int) -> None:
-        self.size = length
-        self.ended(error)
-
-    def commit(self, size: int) -> None:
-        self._send(CommitStarted, size=size)
-
-    def abort_failed(self, token: str, error: StoreError) -> None:
-        self._send(AbortFailed, token=token, error=str(error))
-
-    def ended(self, error: BaseException | None) -> None:
-        text = None if error is None else redact(str(error) or type(error).__name__)
-        self._send(
-            TransferEnded,
-            size=self.size,
-            stored=self.stored,
-            seconds=time.monotonic() - self._began,
-            error=text,
-            digests=dict(self.digests),
-        )
-
-
-def _canceller(cancel: threading.Event | None) -> Callable[[], None]:
-    def check() -> None:
-        if cancel is not None and cancel.is_set():
-            raise Cancelled("the caller cancelled")
-
-    return check
-
-
-def _quiet(progress: Progress | None) -> Progress | None:
-    """A progress function that can't break a transfer: after its first failure it is called no more."""
-    if progress is None:
-        return None
-    active = progress
-    failed = False
-
-    def report(done: int, total: int | None) -> None:
-        nonlocal failed
-        if failed:
-            return
-        try:
-            active(done, total)
-        except Exception:  # noqa: BLE001 - logged; the caller's code can't be allowed to break a transfer
-            failed = True
-            _log.exception("the progress function failed and is not called again")
-
-    return report
 
 
 def _guarded(caller: Caller, operation: str, function: Callable[[], Iterator[T]]) -> Iterator[T]:

@@ -12,9 +12,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import Final
@@ -22,7 +23,8 @@ from typing import Final
 from imagestore._digest import Digests, block_digest, compare
 from imagestore._models import MIB, Progress, Retry, Verifier
 from imagestore._pool import Lane, Share
-from imagestore._retry import Backoff, Caller, Notify
+from imagestore._record import Record
+from imagestore._retry import Backoff, Caller
 from imagestore._source import Source, zeros
 from imagestore.driver import Block, Capabilities, Upload
 from imagestore.errors import (
@@ -35,7 +37,7 @@ from imagestore.errors import (
     StoreError,
 )
 
-__all__ = ["BlockPlan", "Transfer", "commit", "data_runs"]
+__all__ = ["BlockPlan", "InDoubt", "Target", "Transfer", "commit", "common", "data_runs"]
 
 BLOCK: Final = 8 * MIB
 BLOCK_UNKNOWN: Final = 16 * MIB
@@ -85,6 +87,23 @@ class BlockPlan:
         return min(length, self._caps.block_max or length)
 
 
+def common(all_caps: Iterable[Capabilities]) -> Capabilities:
+    """Limits for blocks that every one of several backends can take, whole or cut into blocks of its own."""
+    caps = list(all_caps)
+    smallest = max(cap.block_min for cap in caps)
+    counts = [cap.blocks_max for cap in caps if cap.blocks_max is not None]
+    longest = [cap.block_max for cap in caps if cap.block_max is not None]
+    units = [cap.sparse_unit for cap in caps if cap.sparse_unit is not None]
+    # Short blocks are what others can be cut into; long ones limit.
+    short = [length for length in longest if length < max(smallest, BLOCK)]
+    return Capabilities(
+        block_min=max([smallest, *short]),
+        block_max=min((length for length in longest if length not in short), default=None),
+        blocks_max=min(counts, default=None),
+        sparse_unit=math.lcm(*units, *short) if units or short else None,
+    )
+
+
 def data_runs(data: bytes, unit: int) -> Iterator[tuple[int, int]]:
     """The parts (start, stop) of ``data`` that are not all zero, cut at multiples of ``unit``.
 
@@ -123,24 +142,110 @@ class _Parties:
             self._done()
 
 
+class Target:
+    """One upload of a transfer: writes blocks on a lane of its store's pool, skipping zeros, repeating what failed.
+
+    Attributes:
+        upload: where the bytes go.
+        done: bytes of the image dealt with so far. stored: bytes sent to the backend.
+    """
+
+    def __init__(self, upload: Upload, caller: Caller, pool: ThreadPoolExecutor, retry: Retry, record: Record) -> None:
+        self.upload = upload
+        self._caller = caller
+        self._caps = caller.driver.capabilities
+        self._lane = Lane(pool, self._caps.parallel_writes)
+        self._retry = retry
+        self._record = record
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self.done = 0
+        self.stored = 0
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended this target, while others may go on."""
+        return self._lane.error
+
+    def submit(self, block: Block, done: Callable[[], None]) -> None:
+        self._lane.submit(lambda: self._write(block), done)
+
+    def wait(self, check: Callable[[], None]) -> None:
+        self._lane.wait(check=check)
+
+    def close(self) -> None:
+        """Nothing runs any more when it returns."""
+        self._stop.set()
+        self._lane.drop()
+
+    def _write(self, block: Block) -> None:
+        began = time.monotonic()
+        sent = 0
+        for part in self._parts(block):
+            for piece in self._pieces(part):
+                self._write_piece(piece)
+                sent += len(piece.data)
+        with self._lock:
+            self.done += len(block.data)
+            self.stored += sent
+        self._record.block(block.index, len(block.data), sent, time.monotonic() - began)
+
+    def _parts(self, block: Block) -> Iterator[Block]:
+        """The block, or the blocks that it makes for a backend whose own are shorter than those of its companions."""
+        longest = self._caps.block_max
+        if longest is None or len(block.data) <= longest:
+            yield block
+            return
+        for at in range(0, len(block.data), longest):
+            data = block.data[at : at + longest]
+            last = block.last and at + longest >= len(block.data)
+            yield Block(index=(block.offset + at) // longest, offset=block.offset + at, data=data, last=last)
+
+    def _pieces(self, block: Block) -> Iterator[Block]:
+        if self._caps.sparse_unit is None:
+            yield self._digested(block)
+            return
+        for start, stop in data_runs(block.data, self._caps.sparse_unit):
+            if (start, stop) == (0, len(block.data)):
+                yield self._digested(block)
+            else:
+                data = block.data[start:stop]
+                yield self._digested(Block(index=block.index, offset=block.offset + start, data=data, last=block.last))
+
+    def _digested(self, block: Block) -> Block:
+        algorithm = self._caps.block_digest
+        if algorithm is None:
+            return block
+        digest = block_digest(algorithm, block.data)
+        return Block(index=block.index, offset=block.offset, data=block.data, last=block.last, digest=digest)
+
+    def _write_piece(self, piece: Block) -> None:
+        backoff = Backoff(self._retry, stop=self._stop, notify=self._record.retried)
+        while True:
+            try:
+                return self._caller("write", self.upload.write, self.upload.location, None, piece)
+            except StoreError as error:
+                if not self._caps.repeatable_writes:
+                    raise
+                backoff.failed(error, "write")
+
+
 class Transfer:
-    """Moves one source into one upload. `run` returns when every check has passed; then comes `commit`.
+    """Moves one source into one upload, or several. `run` returns when every check has passed; then comes `commit`.
+
+    A target that fails is left out while others go on; `run` fails when none is left.
 
     Attributes:
         total: bytes read from the source.
-        stored: bytes sent to the backend.
     """
 
     def __init__(
         self,
         *,
         source: Source,
-        upload: Upload,
-        caller: Caller,
-        pool: ThreadPoolExecutor,
+        targets: Sequence[Target],
         share: Share,
         plan: BlockPlan,
-        retry: Retry,
         size: int | None,
         max_size: int,
         digests: Digests,
@@ -148,17 +253,11 @@ class Transfer:
         verifier: Verifier | None,
         progress: Progress | None,
         cancel: threading.Event | None,
-        notify: Notify,
-        stored: Callable[[int, int, int, float], None],
     ) -> None:
         self._source = source
-        self._upload = upload
-        self._caller = caller
-        self._caps = caller.driver.capabilities
-        self._lane = Lane(pool, self._caps.parallel_writes)
+        self._targets = targets
         self._share = share
         self._plan = plan
-        self._retry = retry
         self._size = size
         self._max_size = max_size if plan.capacity is None else min(max_size, plan.capacity)
         self._digests = digests
@@ -166,25 +265,21 @@ class Transfer:
         self._verifier = verifier
         self._progress = progress
         self._cancel = cancel
-        self._notify = notify
-        self._on_block = stored
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._done = 0
         self.total = 0
-        self.stored = 0
 
     def run(self) -> dict[str, str]:
         """All bytes stored and checked: returns the digests. Whatever is raised, nothing runs any more."""
         try:
             for block in self._blocks():
                 self._verify(block)
-                parties = _Parties(len(self._digests) + 1, self._release(len(block.data)))
+                parties = _Parties(len(self._digests) + len(self._targets), self._release(len(block.data)))
                 only = block.last and block.index == 0
                 self._digests.update(block.data, parties, self._check, inline=only)
-                self._lane.submit(self._write_job(block), parties)
+                for target in self._targets:
+                    target.submit(block, parties)
                 self._report()
-            self._lane.wait(check=self._check)
+            for target in self._targets:
+                target.wait(self._check)
             self._check()
             found = self._digests.finish()
             compare(self._expected, found)
@@ -192,8 +287,8 @@ class Transfer:
             self._report()
             return found
         finally:
-            self._stop.set()
-            self._lane.drop()
+            for target in self._targets:
+                target.close()
             self._digests.close()
             self._share.close()
 
@@ -229,8 +324,9 @@ class Transfer:
         return lambda: self._share.release(amount)
 
     def _check(self) -> None:
-        if self._lane.error is not None:
-            raise self._lane.error
+        errors = [target.error for target in self._targets]
+        if errors[0] is not None and None not in errors:
+            raise errors[0]
         if self._cancel is not None and self._cancel.is_set():
             raise Cancelled("the caller cancelled the transfer")
 
@@ -248,51 +344,9 @@ class Transfer:
             except Exception as error:
                 raise SignatureMismatch(f"the verifier refused it with {type(error).__name__}: {error}") from error
 
-    def _write_job(self, block: Block) -> Callable[[], None]:
-        return lambda: self._write(block)
-
-    def _write(self, block: Block) -> None:
-        began = time.monotonic()
-        sent = 0
-        for piece in self._pieces(block):
-            self._write_piece(piece)
-            sent += len(piece.data)
-        with self._lock:
-            self._done += len(block.data)
-            self.stored += sent
-        self._on_block(block.index, len(block.data), sent, time.monotonic() - began)
-
-    def _pieces(self, block: Block) -> Iterator[Block]:
-        if self._caps.sparse_unit is None:
-            yield self._digested(block)
-            return
-        for start, stop in data_runs(block.data, self._caps.sparse_unit):
-            if (start, stop) == (0, len(block.data)):
-                yield self._digested(block)
-            else:
-                data = block.data[start:stop]
-                yield self._digested(Block(index=block.index, offset=block.offset + start, data=data, last=block.last))
-
-    def _digested(self, block: Block) -> Block:
-        algorithm = self._caps.block_digest
-        if algorithm is None:
-            return block
-        digest = block_digest(algorithm, block.data)
-        return Block(index=block.index, offset=block.offset, data=block.data, last=block.last, digest=digest)
-
-    def _write_piece(self, piece: Block) -> None:
-        backoff = Backoff(self._retry, stop=self._stop, notify=self._notify)
-        while True:
-            try:
-                return self._caller("write", self._upload.write, self._upload.location, None, piece)
-            except StoreError as error:
-                if not self._caps.repeatable_writes:
-                    raise
-                backoff.failed(error, "write")
-
     def _report(self) -> None:
         if self._progress is not None:
-            self._progress(self._done, self._size)
+            self._progress(min((t.done for t in self._targets if t.error is None), default=0), self._size)
 
 
 class _Found(Enum):

@@ -329,7 +329,7 @@ def _plugin(entry: importlib.metadata.EntryPoint) -> object:
     from stevedore.driver import DriverManager
     from stevedore.exception import NoMatches
 
-    def failed(manager: object, plugin: object, error: BaseException) -> None:
+    def failed(_manager: object, _plugin: object, error: BaseException) -> None:
         raise error
 
     try:
