@@ -6,7 +6,7 @@ when an upload may become visible, and puts the context on every error. After ``
 many threads at once.
 
 **A driver** is a subclass of `Driver`. Every driver has ``open, close, parse, stat, read, translate``. One that
-stores images also has ``locate, create, delete``. The rest are *verbs*: a driver that has the method supports it,
+stores images also has ``locate, create, delete, uploads, discard``. The rest are *verbs*: a driver that has the method supports it,
 and `Verbs` below says what each means. Limits and guarantees (*adverbs*) are in `Capabilities`; no flag repeats
 what the presence of a method shows.
 
@@ -265,7 +265,7 @@ class Driver(ABC):
         self.timeouts = timeouts or Timeouts()
 
     def clone(self) -> Driver:
-        """An unopened driver of the same configuration: the store asks for one after a fork."""
+        """Another driver of the same configuration, not opened: the store asks for one after a fork or a close."""
         return type(self)(self.settings, store=self.store, limits=self.limits, timeouts=self.timeouts)
 
     @abstractmethod

@@ -427,7 +427,7 @@ class FilesystemDriver(Driver):
         return None
 
     def stat(self, location: Location, /) -> Stat:
-        """Size and time of the file. The version is made of modification time, inode and size.
+        """Size and time of the file. The version is made of modification time, inode, size and token.
 
         Raises:
             NotFound: there is no such file.
@@ -450,16 +450,16 @@ class FilesystemDriver(Driver):
         file, status = self._open_image(location)
         end = status.st_size if stop is None else stop
         try:
-            _require_version(status, version)
+            described = _describe(file.fd, status)
+            _require_version(described.version, version)
             if not 0 <= start <= end <= status.st_size:
                 raise Changed(f"the file has {status.st_size} bytes, which is less than the range asked for")
             if end > start:
                 os.posix_fadvise(file.fd, start, end - start, os.POSIX_FADV_SEQUENTIAL)
-            described = _describe(file.fd, status)
         except BaseException:
             file.close()
             raise
-        chunks = _Chunks(file, start, end, _version(status))
+        chunks = _Chunks(file, start, end, _state(status))
         return Reading(stat=described, chunks=chunks, close=chunks.close)
 
     def extents(self, location: Location, start: int, stop: int, version: str | None, /) -> Iterator[tuple[int, int]]:
@@ -469,11 +469,11 @@ class FilesystemDriver(Driver):
         """
         file, status = self._open_image(location)
         try:
-            _require_version(status, version)
+            _require_version(_describe(file.fd, status).version, version)
         except Changed:
             file.close()
             raise
-        return self._extents(file, _version(status), start, min(stop, status.st_size))
+        return self._extents(file, _state(status), start, min(stop, status.st_size))
 
     def _extents(self, file: _File, version: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         try:
@@ -490,7 +490,7 @@ class FilesystemDriver(Driver):
                 if data < hole:
                     yield data, hole
                 start = max(data, hole)
-            _require_version(os.fstat(file.fd), version)
+            _require_version(_state(os.fstat(file.fd)), version)
         finally:
             file.close()
 
@@ -925,7 +925,7 @@ class _Chunks:
                 raise Changed("the file became shorter while it was read")
             if self._position + len(data) == self._stop:
                 # Before the last bytes are given away: who counts them need not ask for more.
-                _require_version(os.fstat(self._file.fd), self._version)
+                _require_version(_state(os.fstat(self._file.fd)), self._version)
             self._position += len(data)
             return data
         except BaseException:
@@ -1007,21 +1007,23 @@ def _require_regular(status: os.stat_result) -> None:
         raise InvalidLocation("the location is not a regular file")
 
 
-def _version(status: os.stat_result) -> str:
+def _state(status: os.stat_result) -> str:
     # Not the change time: a new mode, owner or link does not change the bytes.
     return f"{status.st_mtime_ns:x}-{status.st_ino:x}-{status.st_size:x}"
 
 
-def _require_version(status: os.stat_result, version: str | None) -> None:
-    if version is not None and _version(status) != version:
+def _require_version(found: str | None, version: str | None) -> None:
+    if version is not None and found != version:
         raise Changed("the file was replaced or written to")
 
 
 def _describe(fd: int, status: os.stat_result) -> Stat:
+    token = _xattr(fd, _XATTR_UPLOAD, _TOKEN)
     return Stat(
         size=status.st_size,
-        version=_version(status),
-        token=_xattr(fd, _XATTR_UPLOAD, _TOKEN),
+        # Where times are coarse, a new file may have the inode, time and size of the one before.
+        version=f"{_state(status)}-{token}" if token else _state(status),
+        token=token,
         modified=_time(status.st_mtime),
     )
 
