@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from imagestore._connection import Connection
 from imagestore._digest import Digests, check_expected
@@ -22,6 +22,9 @@ from imagestore._source import Source
 from imagestore._transfer import BlockPlan, InDoubt, Target, Transfer, commit, common
 from imagestore.driver import Capabilities, Hints, Upload
 from imagestore.errors import AlreadyExists, InvalidRequest, LimitExceeded, SizeMismatch, StoreError
+
+if TYPE_CHECKING:
+    from imagestore.formats import Inspection, Inspector
 
 __all__ = ["Adding", "Outcome", "Request", "add", "check_metadata", "request"]
 
@@ -40,6 +43,7 @@ class Request:
     digests: Digests
     expected: Mapping[str, str]
     verifier: Verifier | None
+    inspector: Inspector | None
     metadata: Mapping[str, str]
     progress: Progress | None
     cancel: threading.Event | None
@@ -54,6 +58,7 @@ def request(
     digests: Sequence[str],
     expected: Mapping[str, str] | None,
     verifier: Verifier | None,
+    inspector: Inspector | None,
     metadata: Mapping[str, str] | None,
     max_size: int | None,
     progress: Progress | None,
@@ -80,6 +85,7 @@ def request(
         digests=Digests(names, engine.digest_pool),
         expected=wanted,
         verifier=verifier,
+        inspector=inspector,
         metadata=check_metadata(metadata),
         progress=quiet(progress),
         cancel=cancel,
@@ -138,13 +144,14 @@ def add(addings: Sequence[Adding], request: Request) -> Outcome:
             digests=request.digests,
             expected=request.expected,
             verifier=request.verifier,
+            inspector=request.inspector,
             progress=request.progress,
             cancel=request.cancel,
         )
         found = transfer.run()
         for adding in tuple(begun):
             with _collected(adding, failed):
-                stands[adding] = adding.finish(transfer.total, found)
+                stands[adding] = adding.finish(transfer.total, found, transfer.inspection)
             begun.remove(adding)
     except BaseException as error:
         for adding in begun:
@@ -212,7 +219,7 @@ class Adding:
             self.upload = connection.caller("create", create, None, image_id, image_id, hints)
         self.target = Target(self.upload, connection.caller, connection.pool(), connection.retry, self._record)
 
-    def finish(self, size: int, digests: Mapping[str, str]) -> AddResult:
+    def finish(self, size: int, digests: Mapping[str, str], inspection: Inspection | None) -> AddResult:
         """Make the image visible. Whatever is raised, the upload was taken back, or its commit is in doubt."""
         try:
             self._commit(size)
@@ -230,6 +237,7 @@ class Adding:
             digests=MappingProxyType(dict(digests)),
             stored=self.target.stored,
             stat=stat,
+            inspection=inspection,
         )
 
     def _commit(self, size: int) -> None:

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from imagestore.errors import StoreError, redact
+
+if TYPE_CHECKING:
+    from imagestore.formats import Inspection
 
 __all__ = [
     "AbortFailed",
@@ -133,6 +136,7 @@ class AddResult:
         digests: algorithm to lower-case hexadecimal digest of all its bytes.
         stored: bytes really sent to the backend: less than `size` where runs of zeros were skipped.
         stat: what the backend said after the commit.
+        inspection: what the image is, if a format was declared or a policy given.
     """
 
     image_id: str
@@ -142,6 +146,7 @@ class AddResult:
     digests: Mapping[str, str]
     stored: int
     stat: Stat
+    inspection: Inspection | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

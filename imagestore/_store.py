@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType, TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from imagestore._adding import Adding, add, check_metadata, request
 from imagestore._connection import Borrowed, Connection
@@ -52,6 +52,9 @@ from imagestore.errors import (
     Unsupported,
 )
 
+if TYPE_CHECKING:
+    from imagestore.formats import Inspection, Inspector, Policy
+
 __all__ = ["Store"]
 
 _log = logging.getLogger("imagestore")
@@ -85,6 +88,7 @@ class Store:
         retry: Retry | None = None,
         timeouts: Timeouts | None = None,
         observer: Observer | None = None,
+        policy: Policy | None = None,
         weight: int = 0,
         description: str = "",
         engine: Engine | None = None,
@@ -92,8 +96,8 @@ class Store:
     ) -> None:
         """A store over ``driver``, which must not be opened.
 
-        ``limits``, ``retry``, ``timeouts`` and ``observer`` hold for all calls. Stores that share an ``engine``
-        share its memory budget. Applications use `open_store` or `load_stores` instead.
+        ``limits``, ``retry``, ``timeouts``, ``observer`` and ``policy`` hold for all calls. Stores that share an
+        ``engine`` share its memory budget. Applications use `open_store` or `load_stores` instead.
         """
         self.name = name or driver.store or driver.name
         self.driver_name = driver.name
@@ -103,6 +107,7 @@ class Store:
         self._retry = retry or Retry()
         self._timeouts = timeouts or Timeouts()
         self._observer = observer
+        self._policy = policy
         self._owns_engine = engine is None
         self._engine = engine or Engine(limits or Limits())
         self._block_size = _block_size
@@ -197,6 +202,9 @@ class Store:
         digests: Sequence[str] = ("sha256",),
         expected: Mapping[str, str] | None = None,
         verifier: Verifier | None = None,
+        disk_format: str | None = None,
+        container_format: str | None = None,
+        policy: Policy | None = None,
         metadata: Mapping[str, str] | None = None,
         max_size: int | None = None,
         progress: Progress | None = None,
@@ -214,6 +222,10 @@ class Store:
             expected: algorithm to hexadecimal digest: the image is refused unless all agree.
             verifier: sees all bytes in order; its ``verify`` is called before the image becomes visible and
                 refuses it by raising.
+            disk_format, container_format: what the image is declared to be (see `imagestore.formats`); it is
+                inspected while it passes.
+            policy: which findings refuse it; None: the store's own. Without any declaration, an image is inspected
+                only if a policy is given here.
             metadata: text kept with the image where the backend can.
             max_size: refuse an image that is longer, in bytes; never more than ``limits.max_size``.
             progress: called with (bytes stored, size or None) as blocks are stored.
@@ -223,6 +235,7 @@ class Store:
         Raises:
             AlreadyExists: the id is taken; what is there was not touched.
             SizeMismatch, DigestMismatch, SignatureMismatch: the bytes are not what they should be.
+            FormatMismatch, UnsafeImage: the image is not what was declared, or the policy refuses it.
             SourceError: reading the source failed. Cancelled: ``cancel`` was set.
             StoreFull, LimitExceeded: no room, or too large.
             Unavailable: the backend failed; if it failed during the commit, the message says what is known.
@@ -240,6 +253,7 @@ class Store:
                 digests=digests,
                 expected=expected,
                 verifier=verifier,
+                inspector=self._inspector(disk_format, container_format, policy),
                 metadata=metadata,
                 max_size=max_size,
                 progress=progress,
@@ -358,6 +372,23 @@ class Store:
                 return VerifyResult(location=place, size=reader.size, digests=MappingProxyType(found))
         finally:
             computed.close()
+
+    def inspect(
+        self,
+        location: Location | str,
+        *,
+        disk_format: str | None = None,
+        container_format: str | None = None,
+        policy: Policy | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Inspection:
+        """Read a whole image and say what it is. A refusal is not raised: `Inspection.accepted` is the verdict."""
+        from imagestore.formats import inspect_stream
+
+        policy = policy or self._policy
+        with self._context("inspect"), self.get(location, progress=progress, cancel=cancel) as reader:
+            return inspect_stream(reader, disk_format=disk_format, container_format=container_format, policy=policy)
 
     def stat(self, location: Location | str) -> Stat:
         """What the backend knows of an image. Raises `NotFound`."""
@@ -523,6 +554,15 @@ class Store:
         self._check_id(connection, image_id)
         self._require("create")
         return Adding(connection, image_id, self._record("add", image_id, observer), abort_within=self._timeouts.abort)
+
+    def _inspector(
+        self, disk_format: str | None, container_format: str | None, policy: Policy | None
+    ) -> Inspector | None:
+        if disk_format is None and container_format is None and policy is None:
+            return None
+        from imagestore.formats import Inspector
+
+        return Inspector(disk_format=disk_format, container_format=container_format, policy=policy or self._policy)
 
     def _record(self, operation: str, image_id: str | None, observer: Observer | None = None) -> Record:
         return Record(

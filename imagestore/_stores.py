@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from imagestore._adding import add, request
 from imagestore._models import AddedToMany, AddResult, Location, Observer, Progress, Verifier
@@ -16,6 +16,9 @@ from imagestore._reader import FailoverReader, ImageReader, ResumingReader, chec
 from imagestore._source import SourceType, open_source
 from imagestore._store import Store
 from imagestore.errors import ConfigurationError, InvalidLocation, InvalidRequest, SourceError, StoreError
+
+if TYPE_CHECKING:
+    from imagestore.formats import Policy
 
 __all__ = ["Stores"]
 
@@ -115,6 +118,9 @@ class Stores:
         digests: Sequence[str] = ("sha256",),
         expected: Mapping[str, str] | None = None,
         verifier: Verifier | None = None,
+        disk_format: str | None = None,
+        container_format: str | None = None,
+        policy: Policy | None = None,
         metadata: Mapping[str, str] | None = None,
         max_size: int | None = None,
         progress: Progress | None = None,
@@ -128,6 +134,7 @@ class Stores:
         Args:
             to: names of stores; None is the default store alone.
             image_id, source, size, digests, expected, verifier, metadata, max_size: as in `Store.add`.
+            disk_format, container_format, policy: as in `Store.add`.
             progress: called with the bytes that every store has that still takes part.
             observer: takes the events of each store.
             cancel: as in `Store.add`.
@@ -152,6 +159,7 @@ class Stores:
                 digests=digests,
                 expected=expected,
                 verifier=verifier,
+                inspector=stores[0]._inspector(disk_format, container_format, policy),
                 metadata=metadata,
                 max_size=max_size,
                 progress=progress,

@@ -2,9 +2,9 @@
 
 ::
 
-    source ─► blocks (budget) ─► verifier ─► digests (a lane each) ─► write lane (zero runs, block digest, retry)
+    source ─► blocks (budget) ─► verifier ─► inspector ─► digests (a lane each) ─► write lanes (zero runs, retry)
                                              ▼
-                 all written · size equal · digests equal · signature good
+           all written · size equal · digests equal · format allowed · signature good
                                              ▼
                                commit (in doubt? the token decides)
 """
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from imagestore._digest import Digests, block_digest, compare
 from imagestore._models import MIB, Progress, Retry, Verifier
@@ -36,6 +36,9 @@ from imagestore.errors import (
     SizeMismatch,
     StoreError,
 )
+
+if TYPE_CHECKING:
+    from imagestore.formats import Inspection, Inspector
 
 __all__ = ["BlockPlan", "InDoubt", "Target", "Transfer", "commit", "common", "data_runs"]
 
@@ -237,6 +240,7 @@ class Transfer:
 
     Attributes:
         total: bytes read from the source.
+        inspection: what the image is, if it was inspected.
     """
 
     def __init__(
@@ -251,6 +255,7 @@ class Transfer:
         digests: Digests,
         expected: Mapping[str, str],
         verifier: Verifier | None,
+        inspector: Inspector | None,
         progress: Progress | None,
         cancel: threading.Event | None,
     ) -> None:
@@ -263,15 +268,18 @@ class Transfer:
         self._digests = digests
         self._expected = expected
         self._verifier = verifier
+        self._inspector = inspector
         self._progress = progress
         self._cancel = cancel
         self.total = 0
+        self.inspection: Inspection | None = None
 
     def run(self) -> dict[str, str]:
         """All bytes stored and checked: returns the digests. Whatever is raised, nothing runs any more."""
         try:
             for block in self._blocks():
                 self._verify(block)
+                self._inspect(block)
                 parties = _Parties(len(self._digests) + len(self._targets), self._release(len(block.data)))
                 only = block.last and block.index == 0
                 self._digests.update(block.data, parties, self._check, inline=only)
@@ -283,6 +291,7 @@ class Transfer:
             self._check()
             found = self._digests.finish()
             compare(self._expected, found)
+            self._judge()
             self._sign()
             self._report()
             return found
@@ -336,6 +345,19 @@ class Transfer:
                 self._verifier.update(block.data)
             except Exception as error:
                 raise SignatureMismatch(f"the verifier failed with {type(error).__name__}: {error}") from error
+
+    def _inspect(self, block: Block) -> None:
+        """A refusal that is certain ends the transfer at once: the rest of the image need not be sent."""
+        if self._inspector is not None:
+            self._inspector.feed(block.data)
+            if self._inspector.refusal is not None:
+                raise self._inspector.refusal
+
+    def _judge(self) -> None:
+        if self._inspector is not None:
+            self.inspection = self._inspector.finish()
+            if self._inspector.refusal is not None:
+                raise self._inspector.refusal
 
     def _sign(self) -> None:
         if self._verifier is not None:

@@ -45,6 +45,7 @@ from imagestore._store import Store
 from imagestore._stores import Stores
 from imagestore.driver import Driver, Options
 from imagestore.errors import ConfigurationError, DriverNotFound, InvalidOption, MissingDependency, StoreError
+from imagestore.formats import CONTAINER_FORMATS, DISK_FORMATS, Policy
 
 __all__ = ["Problem", "Size", "available_drivers", "check", "list_opts", "load_driver", "load_stores", "open_store"]
 
@@ -159,7 +160,62 @@ _TIMEOUTS: Final = (
         help="Seconds for all attempts together to take a failed upload back.",
     ),
 )
-_GENERAL: Final = (_DEFAULT, *_LIMITS, *_RETRY, *_TIMEOUTS)
+_POLICY: Final = (
+    cfg.StrOpt(
+        "policy_mode",
+        default=Policy().mode,
+        choices=[
+            ("off", "nothing is looked at"),
+            ("warn", "what is found is told"),
+            ("enforce", "what is fatal refuses the image"),
+        ],
+        help="What becomes of an image that is not what it was declared to be, or not safe.",
+    ),
+    cfg.ListOpt(
+        "policy_disk_formats",
+        item_type=types.String(choices=DISK_FORMATS),
+        default=list(Policy().disk_formats),
+        help="What may be declared as disk format.",
+    ),
+    cfg.ListOpt(
+        "policy_container_formats",
+        item_type=types.String(choices=CONTAINER_FORMATS),
+        default=list(Policy().container_formats),
+        help="What may be declared as container format.",
+    ),
+    cfg.ListOpt(
+        "policy_ova_disk_formats",
+        item_type=types.String(choices=DISK_FORMATS),
+        default=list(Policy().ova_disk_formats),
+        help="What the disks of an OVA may be.",
+    ),
+    cfg.StrOpt(
+        "policy_compressed",
+        default=Policy().compressed,
+        choices=["full", "head", "opaque"],
+        help="Whether compressed contents are unpacked in passing to look at them: all, the first MiB, or not.",
+    ),
+    cfg.Opt(
+        "policy_max_virtual_size",
+        type=Size(),
+        help="The largest disk that a machine may see. Unset is no limit.",
+    ),
+    cfg.IntOpt(
+        "policy_max_members", min=1, default=Policy().max_members, help="Members that a container image may have."
+    ),
+    cfg.IntOpt(
+        "policy_max_ratio",
+        min=1,
+        default=Policy().max_ratio,
+        help="How many times its own size compressed contents may unpack to.",
+    ),
+    cfg.DictOpt(
+        "policy_overrides",
+        default={},
+        help="Finding codes, or families such as qcow2.*, each with refuse or allow: qcow2.encrypted:refuse",
+    ),
+)
+_GENERAL: Final = (_DEFAULT, *_LIMITS, *_RETRY, *_TIMEOUTS, *_POLICY)
 _COMMON: Final = (
     cfg.StrOpt("description", default="", help="What the store is, for humans."),
     cfg.IntOpt("weight", default=0, help="Of several stores with an image, the one of the largest weight is read."),
@@ -173,6 +229,7 @@ def load_stores(
     retry: Retry | None = None,
     timeouts: Timeouts | None = None,
     observer: Observer | None = None,
+    policy: Policy | None = None,
 ) -> Stores:
     """The stores of configuration files, not yet connected.
 
@@ -186,6 +243,7 @@ def load_stores(
         retry: likewise.
         timeouts: likewise.
         observer: gets the events of all transfers.
+        policy: in place of what ``[imagestore]`` says: which findings refuse an image whose format is declared.
 
     Raises:
         InvalidOption: an option is unknown, missing or wrong, or is given by its old and its new name.
@@ -196,7 +254,7 @@ def load_stores(
     if conf is not None and config_files:
         raise ConfigurationError("give configuration files or a ConfigOpts, not both")
     problems: list[Problem] = []
-    plan = _plan(config_files, conf, problems, limits=limits, retry=retry, timeouts=timeouts)
+    plan = _plan(config_files, conf, problems, limits=limits, retry=retry, timeouts=timeouts, policy=policy)
     _raise(problems)
     _say(plan.notes)
     engine = Engine(plan.limits)
@@ -208,6 +266,7 @@ def load_stores(
             retry=plan.retry,
             timeouts=plan.timeouts,
             observer=observer,
+            policy=plan.policy,
             weight=store.weight,
             description=store.description,
             engine=engine,
@@ -225,6 +284,7 @@ def open_store(
     retry: Retry | None = None,
     timeouts: Timeouts | None = None,
     observer: Observer | None = None,
+    policy: Policy | None = None,
     **options: Any,
 ) -> Store:
     """One store without any file, not yet connected: ``open_store("file", datadir="/var/lib/images")``.
@@ -249,6 +309,7 @@ def open_store(
         retry=retry,
         timeouts=timeouts,
         observer=observer,
+        policy=policy,
         weight=store.weight,
         description=store.description,
     )
@@ -619,6 +680,7 @@ class _Plan:
     limits: Limits
     retry: Retry
     timeouts: Timeouts
+    policy: Policy | None = None
     default: str | None = None
     stores: list[_StorePlan] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -632,6 +694,7 @@ def _plan(
     limits: Limits | None = None,
     retry: Retry | None = None,
     timeouts: Timeouts | None = None,
+    policy: Policy | None = None,
 ) -> _Plan:
     """Read everything. What is wrong goes to ``problems``, and the rest is looked at all the same."""
     files, conf = _opened(config_files, conf, problems)
@@ -643,6 +706,10 @@ def _plan(
         retry=retry or _filled(Retry, "retry_", values),
         timeouts=timeouts or _filled(Timeouts, "timeout_", values),
     )
+    try:
+        plan.policy = policy or _filled(Policy, "policy_", values)
+    except InvalidOption as error:
+        problems.append(general.problem("policy_overrides", error.message))
     if any(problem.error is ConfigurationError for problem in problems):
         # A file could not be read: whatever seems to be missing may be in it.
         return plan
@@ -685,7 +752,8 @@ def _opened(
 def _filled(kind: type[Any], prefix: str, values: Mapping[str, Any]) -> Any:
     """``kind`` with the fields that were read; the others keep their defaults."""
     read = {name: values.get(prefix + name) for name in kind.__dataclass_fields__}
-    return kind(**{name: value for name, value in read.items() if value is not None})
+    given = {name: value for name, value in read.items() if value is not None}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _value(section: _Section, option: cfg.Opt, problems: list[Problem]) -> Any:

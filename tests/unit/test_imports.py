@@ -16,9 +16,10 @@ ROOT = Path(imagestore.__file__).parent
 # A module imports only what stands in a line above its own.
 ORDER = (
     ("errors", "_options"),
+    ("formats",),
     ("_models",),
     ("driver",),
-    ("_pool", "_retry", "_source", "formats"),
+    ("_pool", "_retry", "_source"),
     ("_connection", "_digest", "_record"),
     ("_reader", "_transfer"),
     ("_adding", "_download"),

@@ -1,0 +1,57 @@
+"""JSON from strangers: bounded depth, no repeated keys, no numbers of any length."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+__all__ = ["JsonError", "RepeatedKey", "load"]
+
+_DEPTH: Final = 32
+# Strings, so that brackets in them don't count, and brackets.
+_TOKENS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+
+class JsonError(ValueError):
+    """The document can't be read, or readers would read it differently."""
+
+
+class RepeatedKey(JsonError):
+    """Readers take the first or the last of two values."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise RepeatedKey("a key is repeated")
+    return result
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise JsonError("a number is too long")
+    return int(text)
+
+
+def _constant(text: str) -> Any:
+    raise JsonError(f"{text} is no JSON")
+
+
+def load(data: bytes) -> Any:
+    """The document in `data`, which is UTF-8. Raises `JsonError`."""
+    depth = 0
+    for token in _TOKENS.finditer(data):
+        sign = data[token.start()]
+        if sign in b"[{":
+            depth += 1
+            if depth > _DEPTH:
+                raise JsonError(f"nested deeper than {_DEPTH}")
+        elif sign in b"]}":
+            depth -= 1
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_constant)
+    except JsonError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise JsonError(f"not JSON: {type(error).__name__}") from error
