@@ -177,8 +177,8 @@ Opener = Callable[[int, int | None], ResumingReader]
 class FailoverReader:
     """The same from the first of several copies that works.
 
-    Before the first byte any copy may take over. Later one may only if ``midway`` allows it, and if it is of the
-    same size: then digests must decide whether what was put together is the image.
+    Any copy will do at first. One that takes over must be of the same size, and after the first byte ``midway`` must
+    allow it: then digests must decide whether what was put together is the image.
     """
 
     def __init__(self, openers: Sequence[Opener], *, midway: bool) -> None:
@@ -188,7 +188,7 @@ class FailoverReader:
     def open(self, start: int, stop: int | None) -> Stat:
         """Connect to the first copy that lets us. Raises the first copy's error if none does."""
         self.start = self.position = start
-        self._current = self._connect(start, stop, None)
+        self._current = self._connect(start, stop, None, None)
         self.stat = self._current.stat
         self.stop = self._current.stop
         return self.stat
@@ -206,7 +206,7 @@ class FailoverReader:
                 self._current.close_reading()
                 if self.position != self.start and not self._midway:
                     raise
-                self._current = self._connect(self.position, self.stop, error)
+                self._current = self._connect(self.position, self.stop, error, self.stat.size)
             else:
                 self.position += len(chunk)
                 return chunk
@@ -214,7 +214,8 @@ class FailoverReader:
     def close(self) -> None:
         self._current.close()
 
-    def _connect(self, start: int, stop: int | None, cause: StoreError | None) -> ResumingReader:
+    def _connect(self, start: int, stop: int | None, cause: StoreError | None, size: int | None) -> ResumingReader:
+        """The next copy that lets us, and is of ``size`` if that was told already."""
         while self._openers:
             try:
                 reader = self._openers.popleft()(start, stop)
@@ -226,7 +227,7 @@ class FailoverReader:
             except StoreError as error:
                 cause = cause or error
                 continue
-            if not self.position or start == self.start or reader.stat.size == self.stat.size:
+            if size is None or reader.stat.size == size:
                 return reader
             reader.close()
         raise cause or NotFound("there is no location to read from")

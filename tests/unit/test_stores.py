@@ -250,6 +250,15 @@ def test_failover_before_the_first_byte():
                 stores.get(wrong)
 
 
+def test_a_copy_of_another_size_does_not_take_over():
+    stores, backends, places = stored("a", "b")
+    with stores:
+        backends["b"].images["x"] = ("t", DATA + b"longer")
+        backends["a"].script = {"chunk": [PermissionDenied("gone")]}
+        with pytest.raises(PermissionDenied):
+            stores.get(places).read()
+
+
 def test_failover_in_mid_stream_only_with_a_digest():
     stores, backends, places = stored("a", "b")
     with stores:
