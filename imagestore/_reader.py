@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from imagestore._digest import Digests, check_expected, compare
@@ -49,6 +50,7 @@ class ResumingReader:
         self._backoff = backoff
         self._reading: Reading | None = None
         self._closed = False
+        self._chunks = self._run()
 
     def open(self, start: int, stop: int | None, known: Stat | None = None) -> Stat:
         """Connect, or with ``known`` take that for granted. ``stop`` is cut to the size.
@@ -62,7 +64,6 @@ class ResumingReader:
             raise InvalidRequest(f"the range begins at byte {start}, the image has {self.stat.size}")
         self.start = self.position = start
         self.stop = self.stat.size if stop is None else min(stop, self.stat.size)
-        self._chunks = self._run()
         return self.stat
 
     def __iter__(self) -> Iterator[bytes]:
@@ -76,6 +77,9 @@ class ResumingReader:
         reading, self._reading = self._reading, None
         if reading is not None:
             self._caller("read", reading.close, self._location)
+        # Whatever the iteration holds goes with it, unless another thread is in it: then that one ends it.
+        with contextlib.suppress(ValueError):
+            self._chunks.close()
 
     def _first(self) -> Stat:
         # A whole read needs one request only: its answer tells the size too.
@@ -89,7 +93,7 @@ class ResumingReader:
             except StoreError as error:
                 self._backoff.failed(error, operation)
 
-    def _run(self) -> Iterator[bytes]:
+    def _run(self) -> Generator[bytes, None, None]:
         try:
             while self.position < self.stop and not self._closed:
                 try:
