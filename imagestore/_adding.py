@@ -168,6 +168,7 @@ def _collected(adding: Adding, failed: dict[Adding, StoreError]) -> Iterator[Non
     try:
         yield
     except StoreError as error:
+        adding.place(error)
         failed[adding] = error
 
 
@@ -192,6 +193,10 @@ class Adding:
     @property
     def capabilities(self) -> Capabilities:
         return self._connection.capabilities
+
+    def place(self, error: StoreError) -> None:
+        """Say in ``error`` which store and image it is about."""
+        self._connection.caller.place(error, "add", None, self._image_id)
 
     def begin(self, request: Request) -> None:
         """Make sure that the id is free, and create the upload. Raises `AlreadyExists`."""

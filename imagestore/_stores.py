@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
-from imagestore._adding import add, request
+from imagestore._adding import Adding, add, request
 from imagestore._models import AddedToMany, AddResult, Location, Observer, Progress, Verifier
 from imagestore._pool import Engine
 from imagestore._reader import FailoverReader, ImageReader, ResumingReader, check_range, open_image
@@ -145,7 +145,15 @@ class Stores:
         stores = [self.default] if to is None else [self[name] for name in to]
         if len(set(stores)) != len(stores) or not stores:
             raise InvalidRequest("the stores to add to are named once each, and there is at least one")
-        addings = [store._adding(image_id, observer) for store in stores]
+        names: dict[Adding, str] = {}
+        errors: dict[str, StoreError] = {}
+        for store in stores:
+            try:
+                names[store._adding(image_id, observer)] = store.name
+            except StoreError as error:
+                errors[store.name] = error
+        if not names:
+            raise errors[stores[0].name]
         with contextlib.ExitStack() as stack:
             for store in sorted(stores, key=lambda store: store.name):
                 # Always in the same order, so that no two calls wait for each other's place.
@@ -153,7 +161,7 @@ class Stores:
             stack.enter_context(stores[0]._context("add", image_id))
             what = request(
                 stack.enter_context(contextlib.closing(open_source(source))),
-                [adding.capabilities for adding in addings],
+                [adding.capabilities for adding in names],
                 stores[0]._engine,
                 size=size,
                 digests=digests,
@@ -166,11 +174,11 @@ class Stores:
                 cancel=cancel,
                 block_size=stores[0]._block_size,
             )
-            outcome = add(addings, what)
-        names = dict(zip(addings, (store.name for store in stores), strict=True))
+            outcome = add(tuple(names), what)
+        errors |= {names[adding]: error for adding, error in outcome.failed.items()}
         return AddedToMany(
             results=MappingProxyType({names[adding]: result for adding, result in outcome.stands.items()}),
-            errors=MappingProxyType({names[adding]: error for adding, error in outcome.failed.items()}),
+            errors=MappingProxyType(errors),
         )
 
     def get(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import itertools
 import json
+import logging
 import os
 import pty
+import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +25,19 @@ from typing import Any, cast
 import pytest
 from click.testing import CliRunner, Result
 
-from imagestore import Store, errors
-from imagestore._commands import EXIT_CODES, Session, _age, _bytes, _cancelling, _Pipe, _safe, cli
+from imagestore import Location, Store, StoredImage, Stores, errors
+from imagestore._commands import EXIT_CODES, cli
+from imagestore._commands.options import to_age, to_bytes
+from imagestore._commands.output import safe
+from imagestore._commands.session import Session
+from imagestore._commands.signals import Pipe, cancelling
 
 DATA = os.urandom(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-COMMANDS = ("add", "check-config", "collect", "delete", "demo", "get", "list", "stat", "stores", "uploads", "verify")
+COMMANDS = (
+    *("add", "check-config", "collect", "copy", "delete", "demo"),
+    *("get", "list", "stat", "stores", "uploads", "verify"),
+)
 
 
 class Cli:
@@ -58,10 +71,12 @@ class Cli:
         assert error["exit_code"] == code
         return error
 
-    def start(self, *arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str, program: tuple[str, ...] = ("-m", "imagestore"), **settings: Any
+    ) -> subprocess.Popen[bytes]:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(
-            [sys.executable, "-m", "imagestore", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=self.directory,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "IMAGESTORE_CONFIG": str(self.config)},
             **pipes | settings,
@@ -189,13 +204,13 @@ def test_what_is_not_as_expected_is_refused(run: Cli) -> None:
 
 
 def test_metadata_reaches_the_store(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, seen = Store.add, {}
+    add, seen = Stores.add, {}
 
-    def spy(store: Store, *arguments: Any, **named: Any) -> Any:
+    def spy(stores: Stores, *arguments: Any, **named: Any) -> Any:
         seen.update(named)
-        return add(store, *arguments, **named)
+        return add(stores, *arguments, **named)
 
-    monkeypatch.setattr(Store, "add", spy)
+    monkeypatch.setattr(Stores, "add", spy)
     run("add", "one", "image", "--metadata", "os=linux", "--metadata", "note=a=b")
     assert seen["metadata"] == {"os": "linux", "note": "a=b"}
 
@@ -211,6 +226,84 @@ def test_deleting_goes_on_after_a_failure_and_the_first_one_counts(run: Cli) -> 
     result = run("delete", "one", "gone", "file:///elsewhere", "two", "--json", code=4)
     assert [line["image"] for line in _documents(result.stdout)] == ["one", "two"]
     assert [line["error"] for line in _documents(result.stderr)] == ["NotFound", "InvalidLocation"]
+
+
+# Several stores
+
+
+def test_add_to_many(run: Cli) -> None:
+    both = run.json("add", "one", "image", "--to", "other", "--to", "local")
+    assert [(added["store"], added["digests"]) for added in both] == [
+        ("other", {"sha256": SHA256}),
+        ("local", {"sha256": SHA256}),
+    ]
+    lines = run("add", "two", "image", "--to", "local", "--to", "other").stdout.splitlines()
+    assert [line for line in lines if line.startswith("store\t")] == ["store\tlocal", "store\tother"]
+    assert lines.count(f"sha256\t{SHA256}") == 2
+    assert run.json("add", "three", "image", "--to", "other")[0]["store"] == "other"
+    assert not (run.local / "three").exists()
+
+
+def test_add_to_many_tells_which_stand_and_fails_if_one_does_not(run: Cli) -> None:
+    run("add", "one", "image", "--to", "other")
+    result = run("add", "one", "image", "--to", "other", "--to", "local", "--json", code=5)
+    assert [added["store"] for added in _documents(result.stdout)] == ["local"]
+    assert [(error["error"], error["store"]) for error in _documents(result.stderr)] == [("AlreadyExists", "other")]
+    assert (run.local / "one").read_bytes() == DATA
+    result = run("add", "one", "image", "--to", "other", "--to", "local", "--json", code=5)
+    assert result.stdout == ""
+    assert len(_documents(result.stderr)) == 1
+
+
+def test_the_stores_to_add_to_are_named_once_and_exist(run: Cli) -> None:
+    assert run.fault("add", "one", "image", "--to", "third", code=2)["error"] == "InvalidRequest"
+    assert run.fault("add", "one", "image", "--to", "local", "--to", "local", code=2)["error"] == "InvalidRequest"
+    assert run.fault("add", "one", "image", "--to", "local", "--store", "other", code=2)["error"] == "UsageError"
+    assert not run.local.exists()
+
+
+def test_copy(run: Cli) -> None:
+    run("add", "one", "image")
+    (copied,) = run.json("copy", "one", "--to", "other", "--metadata", "os=linux")
+    location = f"file://{run.directory}/other/one"
+    assert copied.pop("seconds") >= 0
+    assert copied.pop("version")
+    assert copied == {
+        "image_id": "one",
+        "store": "other",
+        "location": location,
+        "size": 300_000,
+        "stored": 300_000,
+        "digests": {"sha256": SHA256},
+        "source": f"file://{run.local}/one",
+    }
+    run("copy", "one", "--from", "other", "--to", "local", "--id", "two", "--expect", f"sha256:{SHA256}")
+    run("copy", location, "--to", "local", "--id", "three")
+    assert all((run.local / name).read_bytes() == DATA for name in ("two", "three"))
+
+
+def test_a_copy_that_is_refused_leaves_nothing(run: Cli) -> None:
+    run("add", "one", "image")
+    error = run.fault("copy", "one", "--to", "other", "--expect", f"sha256:{'0' * 64}", code=9)
+    assert error["error"] == "DigestMismatch"
+    assert list((run.directory / "other").iterdir()) == []
+    assert run.fault("copy", "one", "--to", "local", code=5)["error"] == "AlreadyExists"
+    assert run.fault("copy", "gone", "--to", "other", code=4)["error"] == "NotFound"
+    assert "local, other" in run.fault("copy", "one", "--to", "third", code=2)["message"]
+    assert run.fault("copy", "one", code=2)["error"] == "MissingParameter"
+
+
+def test_reading_goes_on_with_another_copy(run: Cli) -> None:
+    run("add", "one", "image", "--to", "other")
+    gone, good = f"file://{run.local}/one", f"file://{run.directory}/other/one"
+    (got,) = run.json("get", gone, "out", "--or", good, "--expect", f"sha256:{SHA256}")
+    assert (got["store"], got["location"], got["size"]) == (None, None, 300_000)
+    assert Path("out").read_bytes() == DATA
+    assert run("get", gone, "-", "--or", good, "--start", "5").stdout_bytes == DATA[5:]
+    assert run.fault("get", gone, "none", "--or", f"file://{run.local}/two", code=4)["location"] == gone
+    assert run.fault("get", "one", "none", "--or", good, code=2)["error"] == "UsageError"
+    assert run.fault("get", gone, "none", "--or", good, "--store", "other", code=2)["error"] == "UsageError"
+    assert not Path("none").exists()
 
 
 # Leftovers
@@ -279,7 +372,7 @@ def test_where_the_configuration_is_looked_for(run: Cli, monkeypatch: pytest.Mon
 
 
 def test_without_any_configuration(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imagestore._commands._CONFIG_FILES", ("nowhere.conf",))
+    monkeypatch.setattr("imagestore._commands.session.CONFIG_FILES", ("nowhere.conf",))
     assert "IMAGESTORE_CONFIG" in run.fault("list", code=3)["message"]
     assert {"file", "memory"} <= {driver["type"] for driver in run.json("stores", "--types")}
 
@@ -327,6 +420,58 @@ def test_check_config_tells_every_fault(run: Cli) -> None:
     assert any("bad.conf:5" in line and "[one]" in line and "file_mod" in line for line in lines)
     run("check-config", "missing.conf", code=1)
     assert run.fault("list", "--config", "bad.conf", code=3)["error"] == "ConfigurationError"
+
+
+LOCATIONS = """\
+# from the old database
+
+file://{0}/local/one
+  file://{0}/other/two\r
+s3+https://key:geh eim/@host/bucket/object
+swift://container/object?signature=geheim
+key:geheim@host
+file:///etc/passwd
+"""
+
+
+def test_the_store_of_each_location_of_an_old_database(run: Cli) -> None:
+    Path("old").write_text(LOCATIONS.format(run.directory))
+    result = run("check-config", "--locations", "old", "--json", code=1)
+    *rows, summary = _documents(result.stdout)
+    assert [(row["line"], row["store"], row["location"]) for row in rows] == [
+        (3, "local", f"file://{run.local}/one"),
+        (4, "other", f"file://{run.directory}/other/two"),
+        (5, None, "s3+https://host/bucket/object"),
+        (6, None, "swift://container/object?signature=***"),
+        (7, None, "host"),
+        (8, None, "file:///etc/passwd"),
+    ]
+    assert [row["image_id"] for row in rows[:2]] == ["one", "two"]
+    assert all((row["reason"] is None) == (row["store"] is not None) for row in rows)
+    assert "not s3+https://" in rows[2]["reason"]
+    assert summary == {"locations": 6, "without_store": 4, "stores": {"local": 1, "other": 1}}
+    told = run("check-config", "--locations", "-", input=Path("old").read_bytes(), code=1)
+    assert told.stdout.startswith(f"3\tlocal\tfile://{run.local}/one\t\n4\tother\t")
+    assert told.stderr == "imagestore: 6 locations: 1 in local, 1 in other, 4 without a store\n"
+    assert "geh" not in told.output + result.output
+    assert not run.local.exists()
+
+
+def test_locations_that_all_have_a_store(run: Cli) -> None:
+    run("check-config", "--locations", "-", input=f"file://{run.local}/one\n".encode())
+    assert run.json("check-config", "--locations", "-", input=b"") == [
+        {"locations": 0, "without_store": 0, "stores": {}}
+    ]
+    (row, _) = run.json("check-config", "--locations", "-", input=b"file:///\xff\x1b[2J\n", code=1)
+    assert row["location"] == "file:///\\xff\x1b[2J"
+    assert "\x1b" not in run("check-config", "--locations", "-", input=b"file:///\x1b[2J\n", code=1).output
+    run("check-config", "--locations", "nowhere", code=2)
+
+
+def test_locations_are_looked_at_only_with_a_good_configuration(run: Cli) -> None:
+    Path("bad.conf").write_text("[DEFAULT]\nenabled_backends = one:nope\n")
+    (fault,) = run.json("check-config", "bad.conf", "--locations", "-", input=b"file:///x\n", code=1)
+    assert fault["error"] == "DriverNotFound"
 
 
 # Errors
@@ -389,14 +534,14 @@ def test_usage_errors(run: Cli) -> None:
     ("text", "size"), [("0", 0), ("4096", 4096), ("4k", 4000), ("512MiB", 2**29), ("10 gb", 10**10), ("1Ki", 1024)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert _bytes(text) == size
+    assert to_bytes(text) == size
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"), [("0", 0), ("90s", 90), ("30m", 1800), ("24h", 86400), ("7d", 604800), ("0h", 0)]
 )
 def test_ages(text: str, seconds: int) -> None:
-    assert _age(text).total_seconds() == seconds
+    assert to_age(text).total_seconds() == seconds
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5GB", "1e9", "KiB", "4 MiBs"])
@@ -419,9 +564,14 @@ def test_help_names_every_command_and_exit_code(run: Cli) -> None:
         assert "--json" in run(command, "--help").stdout
 
 
-def test_log_lines_go_to_standard_error(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    import logging
+def test_the_page_has_every_exit_code() -> None:
+    page = (Path(__file__).parents[2] / "docs/howto/command-line.md").read_text("utf-8")
+    told = {int(code): text for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", page, re.MULTILINE)}
+    assert told.keys() == {0, 1, 141, *(code for code, _, _ in EXIT_CODES)}
+    assert all(told[code] == text for code, text, _ in EXIT_CODES)
 
+
+def test_log_lines_go_to_standard_error(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def logs(_: Store) -> Iterator[Any]:
         logging.getLogger("imagestore").warning("beware of %s", "s3://key:secret@host")
         logging.getLogger("imagestore").info("by the way")
@@ -436,28 +586,152 @@ def test_log_lines_go_to_standard_error(run: Cli, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_would_drive_a_terminal_is_made_visible() -> None:
-    assert _safe("über-4.2") == "über-4.2"
-    assert _safe("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
+    assert safe("über-4.2") == "über-4.2"
+    assert safe("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
+
+
+# Progress
+
+
+def test_progress_in_a_pipe_is_a_line_at_the_end(run: Cli) -> None:
+    assert run("add", "one", "image").stderr.startswith("imagestore: stored 293.0 KiB in ")
+    assert run("verify", "one").stderr.startswith("imagestore: read 293.0 KiB in ")
+    assert run("copy", "one", "--to", "other").stderr.endswith(", from local to other\n")
+    for arguments in (("verify", "one"), ("get", "one", "out"), ("copy", "one", "--to", "other", "--id", "two")):
+        assert run(*arguments, "--progress", "none").stderr == ""
+    assert run("verify", "one", "--json").stderr == ""
+    run("verify", "one", "--progress", "bars", code=2)
+
+
+def test_progress_as_lines(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagestore._commands.session.EVERY", 0)
+    known = r"imagestore: one: 293\.0 KiB of 293\.0 KiB \(100%\), [\d.]+ [KMG]iB/s, 0:00:00 left\n"
+    assert re.search(known, run("add", "one", "image", "--progress", "plain").stderr)
+    unknown = run("add", "two", "-", "--progress", "plain", input=DATA).stderr
+    assert re.search(r"imagestore: two: 293\.0 KiB, [\d.]+ [KMG]iB/s\n", unknown)
+    assert unknown.splitlines()[-1].startswith("imagestore: stored 293.0 KiB in ")
+    told = _documents(run("add", "three", "image", "--progress", "plain", "--json").stderr)
+    done = next(line for line in told if line["done"])
+    assert done.pop("rate") > 0
+    assert done == {"done": 300_000, "total": 300_000, "seconds_left": 0}
+
+
+def test_lines_of_progress_keep_their_distance(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 4.9, 5.0, 6.0, 15.0])
+    monkeypatch.setattr("imagestore._commands.session.time.monotonic", lambda: next(now))
+    session = Session(json=True, progress="plain")
+    told: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(session, "emit", lambda document, **_: told.append(document))
+    with session.showing("one") as report:
+        assert report is not None
+        for done in (10, 20, 100, 200, 100):
+            report(done, 10_000)
+    assert told == [
+        {"done": 100, "total": 10_000, "rate": 20, "seconds_left": 495},
+        {"done": 100, "total": 10_000, "rate": 0, "seconds_left": None},
+    ]
+
+
+# Completion
+
+
+def _offered(run: Cli, *words: str) -> list[str]:
+    """What bash is offered for the last of ``words``."""
+    line = {"COMP_WORDS": " ".join(("imagestore", *words)), "COMP_CWORD": str(len(words))}
+    result = CliRunner().invoke(
+        cli, env={"_IMAGESTORE_COMPLETE": "bash_complete", **line}, prog_name="imagestore", color=False
+    )
+    assert result.stderr == ""
+    return [item.removeprefix("plain,") for item in result.stdout.split()]
+
+
+def test_completion(run: Cli) -> None:
+    for image in ("one", "only", "two"):
+        run("add", image, "image")
+    run("add", "elsewhere", "image", "--store", "other")
+    assert _offered(run, "check") == ["check-config"]
+    assert _offered(run, "--store", "") == ["local", "other"]
+    assert _offered(run, "copy", "one", "--to", "o") == ["other"]
+    assert sorted(_offered(run, "stat", "o")) == ["one", "only"]
+    assert _offered(run, "--store", "other", "stat", "") == ["elsewhere"]
+    assert _offered(run, "copy", "--from", "other", "") == ["elsewhere"]
+    assert _offered(run, "delete", "one", "tw") == ["two"]
+    assert _offered(run, "get", "one", "im") == ["file,im"]
+    assert _offered(run, "--config", "im") == ["file,im"]
+
+
+def test_completion_is_silent_about_what_fails(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Store) -> Iterator[Any]:
+        logging.getLogger("imagestore").warning("in the middle of the line")
+        raise errors.Unavailable
+
+    monkeypatch.setattr(Store, "list", fails)
+    assert _offered(run, "stat", "") == []
+    run.config.write_text("nonsense")
+    assert _offered(run, "--store", "") == []
+    assert _offered(run, "stat", "") == []
+
+
+def test_completion_ends_in_time_and_number(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def many(_: Store) -> Iterator[StoredImage]:
+        for number in itertools.count():
+            yield StoredImage(image_id=f"i{number}", location=Location(uri=f"file:///{number}"))
+
+    def slow(store: Store) -> Iterator[StoredImage]:
+        yield from itertools.islice(many(store), 3)
+        time.sleep(30)
+
+    monkeypatch.setattr(Store, "list", many)
+    assert len(_offered(run, "stat", "")) == 200
+    monkeypatch.setattr("imagestore._commands.completion.LONGEST", 0.2)
+    assert _offered(run, "stat", "nothing-like-it") == []
+    monkeypatch.setattr(Store, "list", slow)
+    assert _offered(run, "stat", "") == ["i0", "i1", "i2"]
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_completion_in_a_real_bash(run: Cli, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "imagestore"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m imagestore "$@"\n')
+    program.chmod(0o755)
+    script = """
+        eval "$(_IMAGESTORE_COMPLETE=bash_source imagestore)"
+        complete -p imagestore
+        COMP_WORDS=(imagestore copy one --to "") COMP_CWORD=4 COMPREPLY=()
+        _imagestore_completion imagestore && echo "${COMPREPLY[@]}"
+    """
+    environment = {"PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=True,
+        timeout=60,
+    )
+    registered, *offered = done.stdout.splitlines()
+    assert registered.endswith("-F _imagestore_completion imagestore")
+    assert (offered, done.stderr) == (["local other"], "")
 
 
 # Signals
 
 
-def _left(session: Session) -> bool:
-    return session.left
+def test_the_first_signal_asks_and_the_second_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
 
-
-def test_the_first_signal_asks_and_the_second_breaks_off() -> None:
+    monkeypatch.setattr(os, "_exit", leave)
     before = signal.getsignal(signal.SIGINT)
     session = Session(json=True)
-    with _cancelling(session) as cancel:
+    with cancelling(session) as cancel:
         signal.raise_signal(signal.SIGINT)
         assert cancel.is_set()
         assert session.signal == signal.SIGINT
-        assert not _left(session)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as left:
             signal.raise_signal(signal.SIGINT)
-        assert _left(session)
+        assert left.value.code == 130
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -465,7 +739,7 @@ def test_the_end_of_a_pipe_after_a_signal_is_no_end() -> None:
     reading, writing = os.pipe()
     cancel = threading.Event()
     with open(reading, "rb", buffering=0) as stream:
-        pipe = _Pipe(stream, cancel)
+        pipe = Pipe(stream, cancel)
         os.write(writing, b"data")
         assert pipe.read(100) == b"data"
         cancel.set()
@@ -479,7 +753,7 @@ def test_an_error_after_a_signal_is_told_as_what_it_is(run: Cli, monkeypatch: py
         signal.raise_signal(signal.SIGINT)
         raise errors.Unavailable("the commit is in doubt")
 
-    monkeypatch.setattr(Store, "add", doubtful)
+    monkeypatch.setattr(Stores, "add", doubtful)
     assert run.fault("add", "one", "image", code=8)["message"] == "the commit is in doubt"
 
 
@@ -494,7 +768,7 @@ def _begun(directory: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_upload_that_is_broken_off_leaves_nothing(run: Cli, number: int) -> None:
     with run.start("add", "slow", "-") as process:
         assert process.stdin
@@ -510,14 +784,35 @@ def test_an_upload_that_is_broken_off_leaves_nothing(run: Cli, number: int) -> N
     assert list(run.local.iterdir()) == []
 
 
+def test_a_second_signal_leaves_at_once_whatever_hangs(run: Cli) -> None:
+    hangs = (
+        "import sys, time\n"
+        "from imagestore.drivers import filesystem\n"
+        "filesystem._Upload.commit = lambda *_: (print('hanging', flush=True), time.sleep(60))\n"
+        "from imagestore._cli import main\n"
+        "main(['add', 'one', 'image'])\n"
+    )
+    with run.start(program=("-c", hangs), stdin=subprocess.DEVNULL) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == b"hanging\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == b"\n"
+        assert b"once more" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read().endswith(b"see 'imagestore uploads' for what may be left\n")
+
+
 def test_real_pipes(run: Cli) -> None:
     with run.start("--json", "add", "one", "-") as process:
         output, told = process.communicate(DATA, 20)
         assert (process.returncode, told) == (0, b"")
         assert json.loads(output)["digests"] == {"sha256": SHA256}
     with run.start("get", "one", "-", stdin=subprocess.DEVNULL) as process:
-        assert process.communicate(timeout=20) == (DATA, b"")
-        assert process.returncode == 0
+        output, told = process.communicate(timeout=20)
+        assert (process.returncode, output) == (0, DATA)
+        assert told.startswith(b"imagestore: got 293.0 KiB in ")
 
 
 def test_a_reader_that_has_enough_is_no_error(run: Cli) -> None:
@@ -565,6 +860,37 @@ def test_a_terminal_gets_tables_and_sizes_for_people(run: Cli) -> None:
     assert "293.0 KiB" in text
     assert "image id" in text
     assert "1 image in the store local" in text
+
+
+def test_a_terminal_gets_a_bar_and_ctrl_c_takes_it_away(run: Cli) -> None:
+    leader, follower = pty.openpty()
+    process = run.start(
+        *("add", "slow", "-", "--size", "60MB"),
+        stdout=follower,
+        stderr=follower,
+        # The terminal is the controlling one, so that it turns the key into the signal.
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(1, termios.TIOCSCTTY, 0)),
+    )
+    os.close(follower)
+    try:
+        assert process.stdin
+        # Not in a thread: the pipe takes what the program reads, and that is all of it.
+        process.stdin.write(os.urandom(41 * 2**20))
+        process.stdin.flush()
+        text, deadline = "", time.monotonic() + 20
+        while not re.search(r"slow .*\d\d% (16|24|32)\.0/57\.2 MiB [\d.]+ [KMGT]iB/s \d:\d\d:\d\d", text):
+            assert select.select([leader], [], [], deadline - time.monotonic())[0], text
+            text += re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", os.read(leader, 65536).decode())
+        os.write(leader, b"\x03")
+        text = _read_all(leader)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(leader)
+    assert text.rstrip().endswith("broken off, nothing was kept")
+    assert "\x1b[?25h" in text, "the cursor is shown again"
+    assert list(run.local.iterdir()) == []
 
 
 def test_no_image_is_written_to_or_read_from_a_terminal(run: Cli) -> None:

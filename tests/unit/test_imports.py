@@ -25,7 +25,7 @@ ORDER = (
     ("_adding", "_download"),
     ("_store",),
     ("_stores",),
-    ("config", "aio"),
+    ("aio", "config", "observers"),
     ("_demo",),
     ("_commands",),
     ("_cli",),
@@ -113,6 +113,7 @@ def test_third_party_libraries(path: Path) -> None:
     allowed = {
         "driver": {"oslo_config"},
         "aio": {"anyio"},
+        "observers": {"opentelemetry"},
         "config": {"oslo_config", "stevedore"},
         "_commands": tools,
         "_cli": tools,

@@ -144,7 +144,7 @@ def test_add_to_many_reads_the_source_once():
     assert stores._engine.budget.used == 0
 
 
-@pytest.mark.parametrize("operation", ["locate", "create", "write", "commit"])
+@pytest.mark.parametrize("operation", ["open", "locate", "create", "write", "commit"])
 def test_a_store_that_fails_does_not_stop_the_others(operation):
     stores, backends = named("a", "b")
     backends["a"].script = {operation: [PermissionDenied("no")]}
@@ -153,9 +153,11 @@ def test_a_store_that_fails_does_not_stop_the_others(operation):
         assert set(outcome.results) == {"b"}
         assert isinstance(outcome.errors["a"], PermissionDenied)
         assert outcome.errors["a"].store == "a"
+        assert operation == "open" or outcome.errors["a"].image_id == "x"
         assert backends["b"].images["x"][1] == DATA
         assert not backends["a"].images
         assert not backends["a"].pending
+        stores["b"].close()
         backends["a"].script = {operation: [PermissionDenied("no")]}
         backends["b"].script = {operation: [Unavailable("down")] * 100}
         with pytest.raises(PermissionDenied) as caught:
