@@ -141,6 +141,11 @@ class Store:
         """What transfers may use."""
         return self._engine.limits
 
+    @property
+    def policy(self) -> Policy | None:
+        """Which findings refuse an image whose format is declared; None is the default of `imagestore.formats`."""
+        return self._policy
+
     def supports(self, verb: str) -> bool:
         """Whether the driver has an optional verb, such as ``"list"`` (see `imagestore.driver.Verbs`)."""
         return callable(getattr(self._template, verb, None))

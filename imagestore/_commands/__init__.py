@@ -9,8 +9,8 @@ outside (stores, output, errors) comes from its `Session`.
 
 from __future__ import annotations
 
-from imagestore._commands import checking, demo, inventory, transfers
+from imagestore._commands import checking, demo, inspecting, inventory, transfers
 from imagestore._commands.group import cli
 from imagestore._commands.session import EXIT_CODES
 
-__all__ = ["EXIT_CODES", "checking", "cli", "demo", "inventory", "transfers"]
+__all__ = ["EXIT_CODES", "checking", "cli", "demo", "inspecting", "inventory", "transfers"]

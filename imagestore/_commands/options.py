@@ -12,7 +12,17 @@ import click
 from imagestore._commands.group import setting
 from imagestore._commands.session import PROGRESS
 
-__all__ = ["digest", "expect", "mapping", "metadata", "progress", "to_age", "to_bytes"]
+__all__ = [
+    "container_format",
+    "digest",
+    "disk_format",
+    "expect",
+    "mapping",
+    "metadata",
+    "progress",
+    "to_age",
+    "to_bytes",
+]
 
 _BYTES: Final = re.compile(r"(\d+)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 _AGE: Final = re.compile(r"(\d{1,9})([smhd]?)")
@@ -70,6 +80,12 @@ digest = click.option(
     metavar="NAME",
     multiple=True,
     help="A digest to compute, such as md5 or sha512 (default sha256). May be given several times.",
+)
+disk_format = click.option(
+    "--disk-format", metavar="NAME", help="What the disk is declared to be, such as qcow2; a lie is refused."
+)
+container_format = click.option(
+    "--container-format", metavar="NAME", help="What it is packed in, such as bare or ova (default bare)."
 )
 metadata = click.option(
     "--metadata",

@@ -40,6 +40,8 @@ Pairs = tuple[tuple[str, str], ...]
 )
 @options.digest
 @options.expect
+@options.disk_format
+@options.container_format
 @options.metadata
 @options.progress
 def _add(
@@ -50,6 +52,8 @@ def _add(
     size: int | None,
     digest: tuple[str, ...],
     expect: Pairs,
+    disk_format: str | None,
+    container_format: str | None,
     metadata: Pairs,
 ) -> None:
     """Store FILE as image ID, whole or not at all.
@@ -73,6 +77,8 @@ def _add(
             size=size,
             digests=digest or ("sha256",),
             expected=expected,
+            disk_format=disk_format,
+            container_format=container_format,
             metadata=kept,
             progress=report,
             cancel=cancel,
@@ -80,7 +86,7 @@ def _add(
     seconds = time.monotonic() - began
     for result in added.results.values():
         _show_added(session, result, seconds, {"store": result.store} if len(names) > 1 else {})
-    for name, error in added.errors.items():
+    for error in added.errors.values():
         session.failed(error)
     where = f", in {len(added.results)} of {len(names)} stores" if len(names) > 1 else ""
     session.transferred("stored", next(iter(added.results.values())).size, seconds, where)

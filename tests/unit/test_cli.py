@@ -36,7 +36,7 @@ DATA = os.urandom(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 COMMANDS = (
     *("add", "check-config", "collect", "copy", "delete", "demo"),
-    *("get", "list", "stat", "stores", "uploads", "verify"),
+    *("get", "inspect", "list", "stat", "stores", "uploads", "verify"),
 )
 
 
@@ -307,6 +307,40 @@ def test_reading_goes_on_with_another_copy(run: Cli) -> None:
 
 
 # Leftovers
+
+
+def test_inspect_says_what_it_is(run: Cli) -> None:
+    found = _fields(run("inspect", "image").stdout)
+    assert found["verdict"] == "accepted"
+    assert found["disk format"] == "raw"
+    assert found["size"] == "300000"
+    (again,) = run.json("inspect", "-", input=DATA)
+    assert again["accepted"]
+    assert again["disk_format"] == "raw"
+    run("add", "one", "image")
+    (stored,) = run.json("inspect", f"file://{run.local}/one")
+    assert stored == again
+
+
+def test_inspect_exits_with_1_if_it_would_be_refused(run: Cli) -> None:
+    result = run("inspect", "image", "--disk-format", "qcow2", code=1)
+    assert _fields(result.stdout)["verdict"] == "refused"
+    assert "format.unknown" in result.stdout
+    (found,) = run.json("inspect", "image", "--disk-format", "qcow2", code=1)
+    assert [finding["code"] for finding in found["findings"]] == ["format.unknown"]
+    assert run.fault("inspect", "image", "--disk-format", "qcow9", code=2)["error"] == "InvalidRequest"
+    assert run.fault("inspect", "absent", code=11)["error"] == "SourceError"
+
+
+def test_inspect_keeps_to_the_policy_of_the_configuration(run: Cli) -> None:
+    run.config.write_text(run.config.read_text().replace("[imagestore]", "[imagestore]\npolicy_disk_formats = raw"))
+    assert run.fault("inspect", "image", "--disk-format", "qcow2", code=2)["error"] == "InvalidRequest"
+
+
+def test_a_lie_about_the_format_is_refused(run: Cli) -> None:
+    assert run.fault("add", "one", "image", "--disk-format", "qcow2", code=10)["error"] == "FormatMismatch"
+    assert not list(run.local.iterdir())
+    run("add", "one", "image", "--disk-format", "raw", "--container-format", "bare")
 
 
 @pytest.fixture
