@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import secrets
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Adding", "Outcome", "Request", "add", "check_metadata", "request"]
 
 _log = logging.getLogger("imagestore")
+
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,10 +160,22 @@ def add(addings: Sequence[Adding], request: Request) -> Outcome:
     except BaseException as error:
         for adding in begun:
             adding.give_up(error)
+        _forget_blocks(error)
         raise
     if not stands:
         raise failed[addings[0]]
     return Outcome(stands=stands, failed=failed)
+
+
+def _forget_blocks(error: BaseException | None) -> None:
+    """Image data must not live on in the traceback for as long as somebody keeps the error."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # What is suspended, such as the caller's coroutines, would be ended by it.
+            if not frame.f_code.co_flags & _SUSPENDS:
+                with contextlib.suppress(RuntimeError):  # it runs
+                    frame.clear()
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
@@ -209,16 +225,19 @@ class Adding:
 
     def _begin(self, request: Request) -> None:
         connection, image_id = self._connection, self._image_id
-        notify = self._record.retried
+        notify, stop = self._record.retried, request.cancel
         hints = Hints(
             token=self._token, size=request.size, block_size=request.plan.size_of(0), metadata=request.metadata
         )
-        if connection.retrying("locate", lambda: connection.verbs.locate(image_id), notify=notify) is not None:
+        if (
+            connection.retrying("locate", lambda: connection.verbs.locate(image_id), notify=notify, stop=stop)
+            is not None
+        ):
             raise AlreadyExists("the id is taken", image_id=image_id)
         create = connection.verbs.create
         if connection.capabilities.repeatable_create:
             self.upload = connection.retrying(
-                "create", lambda: create(image_id, hints), image_id=image_id, notify=notify
+                "create", lambda: create(image_id, hints), image_id=image_id, notify=notify, stop=stop
             )
         else:
             self.upload = connection.caller("create", create, None, image_id, image_id, hints)

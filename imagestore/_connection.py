@@ -54,9 +54,10 @@ class Connection:
         *,
         image_id: str | None = None,
         notify: Notify | None = None,
+        stop: threading.Event | None = None,
     ) -> T:
-        """Call the driver; again after temporary errors."""
-        backoff = Backoff(self.retry, notify=notify)
+        """Call the driver; again after temporary errors, unless ``stop`` is set."""
+        backoff = Backoff(self.retry, notify=notify, stop=stop)
         while True:
             try:
                 return self.caller(operation, function, place, image_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,7 @@ class Digests:
             lane.wait(QUEUE, check)
             if lane.error is not None:
                 raise lane.error
-            lane.submit(lambda digest=digest: digest.update(data), done)  # type: ignore[misc]  # mypy: bound default
+            lane.submit(functools.partial(digest.update, data), done)
 
     def finish(self) -> dict[str, str]:
         """Wait for all and return the hexadecimal digests."""

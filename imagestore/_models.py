@@ -270,12 +270,16 @@ class BlockStored(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retried(Event):
-    """An attempt at `step` failed with a temporary `error` and will be repeated after `delay` seconds."""
+    """An attempt at `step` failed with a temporary `error` and will be repeated after `delay` seconds.
+
+    `error_type` is the name of the error's class.
+    """
 
     step: str
     error: str
     attempt: int
     delay: float
+    error_type: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,6 +295,7 @@ class AbortFailed(Event):
 
     token: str
     error: str
+    error_type: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,6 +306,7 @@ class TransferEnded(Event):
     stored: int
     seconds: float
     error: str | None
+    error_type: str | None = None
     digests: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
 
 

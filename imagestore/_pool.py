@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import os
 import queue
@@ -245,12 +246,12 @@ class Engine:
                 self._digest_pool = ThreadPoolExecutor(self.limits.workers, "imagestore-digest")
             return self._digest_pool
 
-    def observe(self, observer: Observer, event: Event) -> None:
-        """Let ``observer`` have ``event`` soon. Never waits."""
+    def observe(self, observer: Observer, event: Event, context: contextvars.Context | None = None) -> None:
+        """Let ``observer`` have ``event`` soon, in the ``context`` of the call that it tells of. Never waits."""
         with self._lock:
             if self._events is None:
                 self._events = _Events()
-            self._events.send(observer, event)
+            self._events.send(context or contextvars.Context(), observer, event)
 
     def close(self) -> None:
         with self._lock:
@@ -266,14 +267,14 @@ class _Events:
     """Hands events to observers, in order, from a thread of its own; drops what an observer is too slow for."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[tuple[Observer, Event] | None] = queue.Queue(EVENTS_MAX)
+        self._queue: queue.Queue[tuple[contextvars.Context, Observer, Event] | None] = queue.Queue(EVENTS_MAX)
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, name="imagestore-events", daemon=True)
         self._thread.start()
 
-    def send(self, observer: Observer, event: Event) -> None:
+    def send(self, context: contextvars.Context, observer: Observer, event: Event) -> None:
         try:
-            self._queue.put_nowait((observer, event))
+            self._queue.put_nowait((context, observer, event))
         except queue.Full:
             self._dropped += 1
 
@@ -287,9 +288,9 @@ class _Events:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            observer, event = item
+            context, observer, event = item
             try:
-                observer(event)
+                context.run(observer, event)
             except Exception:  # noqa: BLE001 - logged; an observer can't be allowed to break a transfer
                 _log.exception("an observer failed on %s", type(event).__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import secrets
 import threading
@@ -45,6 +46,7 @@ class Record:
         self._engine = engine
         self._observers = [observer for observer in observers if observer is not None]
         self._began = time.monotonic()
+        self._context = contextvars.copy_context()
         self._lock = threading.Lock()
         self.size = 0
         self.stored = 0
@@ -59,7 +61,7 @@ class Record:
 
     def _send(self, kind: type[Event], **values: Any) -> None:
         for observer in self._observers:
-            self._engine.observe(observer, kind(**self._common, time=time.time(), **values))
+            self._engine.observe(observer, kind(**self._common, time=time.time(), **values), self._context)
 
     def started(self, size: int | None) -> None:
         self._send(TransferStarted, size=size)
@@ -83,7 +85,7 @@ class Record:
     def retried(self, step: str, error: StoreError, attempt: int, delay: float) -> None:
         store = self._common["store"]
         _log.info("store %s: %s failed, attempt %d, again in %.1f s: %s", store, step, attempt, delay, error)
-        self._send(Retried, step=step, error=str(error), attempt=attempt, delay=delay)
+        self._send(Retried, step=step, error=str(error), attempt=attempt, delay=delay, error_type=type(error).__name__)
 
     def read(self, error: BaseException | None, length: int) -> None:
         self.size = length
@@ -93,7 +95,7 @@ class Record:
         self._send(CommitStarted, size=size)
 
     def abort_failed(self, token: str, error: StoreError) -> None:
-        self._send(AbortFailed, token=token, error=str(error))
+        self._send(AbortFailed, token=token, error=str(error), error_type=type(error).__name__)
 
     def ended(self, error: BaseException | None) -> None:
         text = None if error is None else redact(str(error) or type(error).__name__)
@@ -103,6 +105,7 @@ class Record:
             stored=self.stored,
             seconds=time.monotonic() - self._began,
             error=text,
+            error_type=None if error is None else type(error).__name__,
             digests=dict(self.digests),
         )
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, Final, Protocol, TypeAlias, cast
 
 from imagestore._models import MIB
-from imagestore.errors import InvalidRequest, SourceError, StoreError
+from imagestore.errors import Cancelled, InvalidRequest, SourceError, StoreError
 
 __all__ = ["Readable", "Source", "SourceType", "open_source", "zeros"]
 
@@ -205,7 +205,7 @@ def _as_bytes(piece: object) -> bytes:
 def _source_errors() -> Iterator[None]:
     try:
         yield
-    except SourceError:
+    except (SourceError, Cancelled):
         raise
     except Exception as error:
         temporary = isinstance(error, StoreError) and error.temporary

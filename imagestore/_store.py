@@ -241,7 +241,8 @@ class Store:
             AlreadyExists: the id is taken; what is there was not touched.
             SizeMismatch, DigestMismatch, SignatureMismatch: the bytes are not what they should be.
             FormatMismatch, UnsafeImage: the image is not what was declared, or the policy refuses it.
-            SourceError: reading the source failed. Cancelled: ``cancel`` was set.
+            SourceError: reading the source failed.
+            Cancelled: ``cancel`` was set.
             StoreFull, LimitExceeded: no room, or too large.
             Unavailable: the backend failed; if it failed during the commit, the message says what is known.
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -171,7 +172,8 @@ class Target:
         return self._lane.error
 
     def submit(self, block: Block, done: Callable[[], None]) -> None:
-        self._lane.submit(lambda: self._write(block), done)
+        # Not a lambda: the frame of one keeps what it closes over, and an error keeps the frame.
+        self._lane.submit(functools.partial(self._write, block), done)
 
     def wait(self, check: Callable[[], None]) -> None:
         self._lane.wait(check=check)
@@ -325,6 +327,7 @@ class Transfer:
             last = self.total == self._size if self._size is not None else len(data) < length or self._source.ended()
             self._check()
             yield Block(index=index, offset=offset, data=data, last=last)
+            data = b""  # an error keeps this frame
             if last and self._size is None:
                 return
             index += 1

@@ -215,7 +215,8 @@ class Upload(ABC):
 
     @abstractmethod
     def commit(self, size: int, /) -> None:
-        """Make the image of ``size`` bytes visible. Without any write before, it is empty or all zeros.
+        """Make the image of ``size`` bytes visible, and durable as far as the backend is. Without any write before, it
+        is empty or all zeros.
 
         Raises `AlreadyExists` if the id was taken meanwhile, `NotFound` if the upload was discarded. Repeated after
         a success whose answer was lost, it returns as if nothing had happened where the backend lets it know; that
@@ -238,7 +239,7 @@ class Driver(ABC):
         api: version of this contract.
         name: the type name in ``enabled_backends``.
         schemes: URI schemes that ``parse`` accepts, lower case.
-        options: oslo.config options; their short names are attributes of ``self.options``.
+        options: oslo.config options; their short names are attributes of ``self.settings``.
         capabilities: set by ``open``, because they may depend on configuration and server.
     """
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import os
@@ -20,7 +21,7 @@ from imagestore._models import (
     TransferEnded,
     TransferStarted,
 )
-from imagestore.driver import Capabilities
+from imagestore.driver import Block, Capabilities
 from imagestore.errors import (
     AlreadyExists,
     Cancelled,
@@ -572,6 +573,38 @@ def test_source_errors_clean_up(pair):
             store.add("x", source())
     assert not backend.pending
     assert not backend.images
+
+
+def test_an_error_that_is_kept_keeps_no_image_data(pair):
+    store, backend = pair
+    kept = []
+    for script in ({"write": [PermissionDenied("no")]}, {"write": [Native("broke")]}, {}):
+        backend.script = script
+
+        def source(script=script):
+            yield DATA * 100
+            if not script:
+                raise Native("cable")
+
+        with pytest.raises(StoreError) as caught:
+            store.add("x", source())
+        kept.append(caught.value)
+    gc.collect()
+    held = [item for item in gc.get_objects() if isinstance(item, Block)]
+    assert not held
+
+
+def test_cancel_while_the_backend_is_down(pair):
+    store, backend = pair
+    store._retry = Retry(attempts=100, first=30.0)
+    store.close()
+    backend.script = {"locate": [Unavailable("down")] * 100}
+    cancel = threading.Event()
+    threading.Timer(0.2, cancel.set).start()
+    began = time.monotonic()
+    with pytest.raises(Unavailable):
+        store.add("x", DATA, cancel=cancel)
+    assert time.monotonic() - began < 10
 
 
 def test_ctrl_c_cleans_up(pair):
