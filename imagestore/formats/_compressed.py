@@ -282,8 +282,10 @@ class _Zip:
     def end(self, rest: bytes, size: int) -> str | None:
         """Check what follows the data: at most a descriptor, then a directory of exactly this entry."""
         directory = rest.find(b"PK\1\2")
-        if not 0 <= directory <= 24 or len(rest) < directory + 46:
-            return "compressed.truncated" if directory < 0 else "compressed.trailing"
+        if directory > 24:
+            return "compressed.trailing"
+        if directory < 0 or len(rest) < directory + 46:
+            return "compressed.truncated"
         crc, _, unpacked, name, extra, comment = struct.unpack_from("<16xIIIHHH", rest, directory)
         (local,) = struct.unpack_from("<I", rest, directory + 42)
         if crc != self.crc or (unpacked not in {size, 0xFFFF_FFFF}) or local:

@@ -22,6 +22,7 @@ __all__ = ["Inspector", "inspect_file", "inspect_stream"]
 
 _START: Final = 512
 _CHUNK: Final = 1 << 20
+_DEFAULT: Final = Policy()
 _ORDER: Final = {"unsafe": 0, "malformed": 1, "mismatch": 2, "policy": 3, "info": 4}
 
 
@@ -46,7 +47,7 @@ class Inspector:
     def __init__(
         self, *, disk_format: str | None = None, container_format: str | None = None, policy: Policy | None = None
     ) -> None:
-        self._policy = policy or Policy()
+        self._policy = policy or _DEFAULT
         self._declared = Declared.of(disk_format, container_format, self._policy)
         self._size = 0
         self._scan = Scan()
@@ -69,9 +70,12 @@ class Inspector:
             return
         self._scan.feed(chunk)
         if self._start is not None:
-            self._start += chunk
-            if len(self._start) >= _START:
+            missing = _START - len(self._start)
+            self._start += chunk[:missing]
+            if len(self._start) == _START:
                 self._begin()
+                if self._take is not None and len(chunk) > missing:
+                    self._take(chunk[missing:])
         elif self._take is not None:
             self._take(chunk)
         known = self._progress()

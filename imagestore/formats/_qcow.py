@@ -57,7 +57,7 @@ def parse_qcow2(view: View, report: Report) -> None:
         report("qcow2.size", f"{size} bytes", 24)
     entries = cluster // (16 if incompatible & _EXTENDED_L2 else 8)
     need = -(-size // (cluster * entries))
-    report.check(need <= l1_size, "qcow2.size", f"{size} bytes need {need} entries of level 1, not {l1_size}", 36)
+    report.check(need <= l1_size, "qcow2.size", f"{size} bytes need {need} entries of level 1, not {l1_size}", 24)
 
     def table(what: str, start: int, bytes_: int, most: int, field: int) -> bool:
         good = report.check(bytes_ <= most, "qcow2.tables", f"the {what} has {bytes_} bytes", field)
