@@ -61,6 +61,9 @@ class Location:
     def __str__(self) -> str:
         return redact(self.uri)
 
+    def __repr__(self) -> str:
+        return f"Location({redact(self.uri)!r})"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stat:

@@ -78,6 +78,7 @@ __all__ = [
 ]
 
 _AUTHORITY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s\"'<>]*@")
+_WEB_QUERY = re.compile(r"(https?://[^\s\"'<>?]*\?)[^\s\"'<>#]+", re.IGNORECASE)
 _SECRET_PARAMETER = re.compile(
     r"([?&][^=&\s\"'<>]*(?:signature|token|secret|password|credential|sig|key)[^=&\s\"'<>]*=)[^&\s\"'<>]*",
     re.IGNORECASE,
@@ -88,8 +89,10 @@ def redact(text: str) -> str:
     """Take the credentials out of every URI in ``text``.
 
     Cuts all that stands between ``://`` and the last ``@`` before a blank or a quote (an old S3 secret may
-    hold ``/`` and ``@``), and the values of query parameters whose name says that they are secret.
+    hold ``/`` and ``@``), the query of a web address (that of a signed one is a key), and elsewhere the values of
+    query parameters whose name says that they are secret.
     """
+    text = _WEB_QUERY.sub(r"\1***", text)
     return _SECRET_PARAMETER.sub(r"\1***", _AUTHORITY.sub(r"\1***@", text))
 
 

@@ -73,6 +73,7 @@ _LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMERIC: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _BAD_PERCENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_CONTROL: Final = re.compile(r"%(?:[01][0-9A-Fa-f]|7[Ff])")
 _ENCODED: Final = re.compile(r"%([0-9A-Fa-f]{2})")
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 # What may stand in a path as it is (RFC 3986, 3.3); a query may have "?" besides (3.4).
@@ -88,7 +89,7 @@ def is_public(address: Address) -> bool:
     if address.ipv4_mapped is not None:
         return is_public(address.ipv4_mapped)
     if address in _NAT64:
-        return is_public(_inner(address, 0))
+        return is_public(_last(address))
     if address not in _GLOBAL_6 or (address not in _TEREDO and any(address in network for network in _DENIED_6)):
         return False
     return all(is_public(inner) for inner in _carried(address))
@@ -101,11 +102,11 @@ def _carried(address: ipaddress.IPv6Address) -> Iterable[ipaddress.IPv4Address]:
     if address.teredo is not None:
         yield from address.teredo
     if (int(address) >> 32) & 0xFFFFFFFF in _ISATAP:
-        yield _inner(address, 0)
+        yield _last(address)
 
 
-def _inner(address: ipaddress.IPv6Address, shift: int) -> ipaddress.IPv4Address:
-    return ipaddress.IPv4Address((int(address) >> shift) & 0xFFFFFFFF)
+def _last(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
+    return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +116,7 @@ class Target:
     Attributes:
         scheme: ``http`` or ``https``.
         host: a name in lower case or an address in its canonical form, without brackets.
-        port: never the scheme's own by accident: always set.
+        port: the scheme's own where the URL names none.
         path: path and query as they are sent.
         address: the host, if it is an address.
     """
@@ -144,7 +145,7 @@ class Target:
         elif reference.startswith("/"):
             reference = self.origin + reference
         elif not _SCHEME.match(reference):
-            path, _, query = self.path.partition("?")
+            path = self.path.partition("?")[0]
             if not reference or reference.startswith("#"):
                 reference = self.uri
             elif reference.startswith("?"):
@@ -170,15 +171,16 @@ def parse_target(uri: str) -> Target:
     host, port, address = _authority(match[2].rpartition("@")[2])
     path = _dotless(_ENCODED.sub(_decoded, _quoted(match[3], _PATH)) or "/")
     query = "" if match[4] is None else "?" + _ENCODED.sub(_upper, _quoted(match[4], _PATH + "?"))
-    return Target(
-        scheme=scheme, host=host, port=port or DEFAULT_PORTS[scheme], path=path + query, address=address
-    )
+    return Target(scheme=scheme, host=host, port=port or DEFAULT_PORTS[scheme], path=path + query, address=address)
 
 
 def _authority(text: str) -> tuple[str, int | None, Address | None]:
     match = _AUTHORITY_6.fullmatch(text) or _AUTHORITY.fullmatch(text)
     if match is None:
-        raise InvalidLocation("the host is neither a name in letters, digits, dots and dashes nor an address")
+        raise InvalidLocation(
+            "the host is neither an address nor a name of ASCII letters, digits, dots and dashes (others are written "
+            "in their ASCII form, xn--…)"
+        )
     port = int(match[2]) if match[2] else None
     if port is not None and not 0 < port < 65536:
         raise InvalidLocation("there is no such port")
@@ -205,9 +207,12 @@ def _quoted(text: str, safe: str) -> str:
     if _BAD_PERCENT.search(text):
         raise InvalidLocation("a percent sign in a location is followed by two hexadecimal digits (write %25)")
     try:
-        return quote(text, safe=safe)
+        quoted = quote(text, safe=safe)
     except UnicodeEncodeError:
         raise InvalidLocation("the location has characters that can't be encoded") from None
+    if _CONTROL.search(quoted):
+        raise InvalidLocation("the location has control characters")
+    return quoted
 
 
 def _upper(match: re.Match[str]) -> str:

@@ -74,7 +74,7 @@ ENTRY_POINTS = """
 [imagestore.drivers]
 fake = fake_drivers:Fake
 other = fake_drivers:Other
-swift = fake_drivers:Swift
+oldswift = fake_drivers:Swift
 future = fake_drivers:Future
 notadriver = fake_drivers:cfg
 lost = fake_drivers:Missing
@@ -303,7 +303,7 @@ def test_every_fault_is_told_at_once(write: Write) -> None:
 
 
 def test_a_fault_that_concerns_several_stores_is_told_once(write: Write) -> None:
-    text = "[DEFAULT]\nenabled_backends = o:swift, p:swift\n[backend_defaults]\nsegment_size = x\n"
+    text = "[DEFAULT]\nenabled_backends = o:oldswift, p:oldswift\n[backend_defaults]\nsegment_size = x\n"
     assert fault(write, text).startswith("4: [backend_defaults] option segment_size must be")
 
 
@@ -556,11 +556,11 @@ def test_file_permissions(old: str, new: str, value: str, tmp_path: Path) -> Non
 
 
 def test_units_are_converted(write: Write) -> None:
-    path = write("[DEFAULT]\nenabled_backends = o:swift\n[o]\nswift_store_large_object_chunk_size = 10\n")
+    path = write("[DEFAULT]\nenabled_backends = o:oldswift\n[o]\nswift_store_large_object_chunk_size = 10\n")
     assert settings_of(config.load_stores(path)["o"]).segment_size == 10_240_000
 
 
-SWIFT = "[DEFAULT]\nenabled_backends = o:swift\n[o]\n"
+SWIFT = "[DEFAULT]\nenabled_backends = o:oldswift\n[o]\n"
 
 
 @pytest.mark.parametrize(
@@ -758,7 +758,7 @@ def test_no_error_and_no_log_line_tells_a_secret(
     tmp_path_factory: pytest.TempPathFactory, secret: str, place: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "secret.conf"
-    path.write_text(f"[DEFAULT]\nenabled_backends = a:fake, c:swift\n[a]\n{place.format(secret, secret)}\n")
+    path.write_text(f"[DEFAULT]\nenabled_backends = a:fake, c:oldswift\n[a]\n{place.format(secret, secret)}\n")
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]  # shortest spy

@@ -59,8 +59,10 @@ def test_errors_survive_pickling():
     [
         ("s3://AK:se/cr@et@host/b/k", "s3://***@host/b/k"),
         ("see swift+http://t%3Au:pw@h/v1/c/o now", "see swift+http://***@h/v1/c/o now"),
-        ("https://h/p?X-Amz-Signature=abc&x=1", "https://h/p?X-Amz-Signature=***&x=1"),
-        ("https://h/p?x=1&temp_url_sig=abc", "https://h/p?x=1&temp_url_sig=***"),
+        ("https://h/p?X-Amz-Signature=abc&x=1", "https://h/p?***"),
+        ("see https://u:p@h/p?x=1&code=abc now", "see https://***@h/p?*** now"),
+        ("swift+https://h/c/o?x=1&temp_url_sig=abc", "swift+https://h/c/o?***"),
+        ("vsphere://h/folder/x?dsName=a&token=abc", "vsphere://h/folder/x?dsName=a&token=***"),
         ("file:///a/b", "file:///a/b"),
         ("nothing to hide", "nothing to hide"),
     ],
