@@ -131,7 +131,7 @@ OLD_OPTIONS: Final[Mapping[str, tuple[OldOption, ...]]] = MappingProxyType(
             _kept("swift_store_service_type", "service_type"),
             _kept("swift_store_container", "container"),
             _ignored("swift_store_large_object_size", "every image longer than one segment is stored in segments"),
-            _kept("swift_store_large_object_chunk_size", "segment_size", _times(SWIFT_MB)),
+            _ignored("swift_store_large_object_chunk_size", _BLOCKS),
             _kept("swift_store_create_container_on_put", "create_container"),
             _kept("swift_store_multi_tenant", "multi_tenant"),
             _kept("swift_store_multiple_containers_seed", "containers_seed"),
@@ -139,14 +139,17 @@ OLD_OPTIONS: Final[Mapping[str, tuple[OldOption, ...]]] = MappingProxyType(
             _ignored("swift_store_ssl_compression", "TLS is never compressed"),
             _ignored("swift_store_retry_get_count", _RETRIES),
             _ignored("swift_store_expire_soon_interval", "tokens are renewed before they expire"),
-            _kept("swift_store_use_trusts", "use_trusts"),
+            _ignored(
+                "swift_store_use_trusts",
+                "no trusts are made: for transfers longer than a token lives pass a keystoneauth session to bind",
+            ),
             _ignored(
                 "swift_buffer_on_upload", "a segment is kept in memory until it is stored, and sent again from there"
             ),
             _ignored("swift_upload_buffer_dir", "nothing is buffered on disk"),
             _kept("default_swift_reference", "reference"),
             _kept("swift_store_config_file", "accounts_file"),
-            _ignored("swift_store_auth_version", "Keystone is always spoken to in version 3"),
+            _kept("swift_store_auth_version", "auth_version"),
             _kept("swift_store_auth_address", "auth_url"),
             _kept("swift_store_user", "user"),
             _kept("swift_store_key", "key"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import io
 import logging
 import os
 import queue
@@ -97,12 +98,80 @@ class Budget:
         entry[1].set()
 
 
+class Blocks:
+    """Memory of whole blocks, used again: malloc keeps what a thread freed in an arena of that thread, so that many
+    transfers in turn would hold far more than their budget.
+
+    A `BytesIO` is bytes that can be filled anew. Should anybody still hold the bytes that it gave out, it leaves them
+    alone and takes fresh memory by itself.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[tuple[int, io.BytesIO]] = []
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def take(self, length: int) -> io.BytesIO:
+        """A buffer of ``length`` bytes, of any content."""
+        with self._lock:
+            while self._free:
+                size, buffer = self._free.pop()
+                self._held -= size
+                if size == length:
+                    return buffer
+        return io.BytesIO(bytes(length))
+
+    def give(self, length: int, buffer: io.BytesIO) -> None:
+        with self._lock:
+            self._free.append((length, buffer))
+            self._held += length
+
+    def trim(self, most: int) -> None:
+        """Let go of what is more than ``most`` bytes."""
+        with self._lock:
+            while self._held > most:
+                self._held -= self._free.pop()[0]
+
+
+class Room:
+    """Memory that a transfer was granted for one block."""
+
+    __slots__ = ("_buffer", "_share", "_size")
+
+    def __init__(self, share: Share, size: int) -> None:
+        self._share = share
+        self._size = size
+        self._buffer: tuple[int, io.BytesIO] | None = None
+
+    def buffer(self, length: int) -> io.BytesIO:
+        """To be filled to its end; used again when the room is given back."""
+        self._buffer = length, self._share.blocks.take(length)
+        return self._buffer[1]
+
+    def settle(self, size: int) -> None:
+        """The block was made and is no longer than this."""
+        if self._buffer is None:
+            self._share.make_room()
+        if size < self._size:
+            self._buffer = None
+            self._share.release(self._size - size)
+            self._size = size
+
+    def release(self) -> None:
+        if self._buffer is not None:
+            self._share.blocks.give(*self._buffer)
+            self._buffer = None
+        self._share.release(self._size)
+        self._size = 0
+
+
 class Share:
     """One transfer's part of the budget: never more than ``limit``, or two blocks where those are more."""
 
-    def __init__(self, budget: Budget, limit: int) -> None:
+    def __init__(self, budget: Budget, limit: int, blocks: Blocks | None = None) -> None:
         self._budget = budget
         self._limit = limit
+        self.blocks = blocks or Blocks()
         self._held = 0
         self._change = threading.Condition()
 
@@ -119,6 +188,15 @@ class Share:
             with self._change:
                 self._held -= amount
             raise
+
+    def room(self, amount: int, check: Callable[[], None]) -> Room:
+        """`acquire`, and with it the memory."""
+        self.acquire(amount, check)
+        return Room(self, amount)
+
+    def make_room(self) -> None:
+        """Memory that was not taken from `blocks` is in use: together they keep to the budget."""
+        self.blocks.trim(self._budget.total - self._budget.used)
 
     def try_acquire(self, amount: int) -> bool:
         """Take ``amount`` if that needs no waiting."""
@@ -137,6 +215,7 @@ class Share:
             self._held -= amount
             self._change.notify_all()
         self._budget.release(amount)
+        self.blocks.trim(self._budget.used)
 
     def close(self) -> None:
         """Give back what is still held. Only when nothing uses it any more."""
@@ -144,6 +223,7 @@ class Share:
             held, self._held = self._held, 0
         if held:
             self._budget.release(held)
+            self.blocks.trim(self._budget.used)
 
 
 class Lane:
@@ -201,18 +281,19 @@ class Lane:
 
     def _run(self) -> None:
         with self._change:
-            job = self._jobs.popleft() if self._jobs else None
+            job, done = self._jobs.popleft() if self._jobs else (None, None)
             failed = self._dropped or self.error is not None
-        if job is not None:
+        if job is not None and done is not None:
             try:
                 if not failed:
-                    job[0]()
+                    job()
             except BaseException as error:  # noqa: BLE001 - carried over to the transfer's thread
                 with self._change:
                     self.error = self.error or error
             finally:
-                job[1]()
+                # The job goes before its memory counts as given back.
                 del job
+                done()
         with self._change:
             more = bool(self._jobs)
             if not more:
@@ -233,12 +314,13 @@ class Engine:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self.budget = Budget(self.limits.memory_total)
+        self.blocks = Blocks()
         self._digest_pool: ThreadPoolExecutor | None = None
         self._events: _Events | None = None
 
     def share(self) -> Share:
         """What one transfer may hold."""
-        return Share(self.budget, self.limits.memory)
+        return Share(self.budget, self.limits.memory, self.blocks)
 
     def digest_pool(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -157,7 +157,7 @@ class ResumingReader:
         chunks = self._reading.chunks
         skip = 0 if ranged else self.position
         while self.position < stop:
-            chunk = self._caller("read", lambda: next(chunks, b""), self._location)
+            chunk = self._caller.next("read", chunks, self._location)
             if not chunk:
                 raise Unavailable(f"the backend ended after {self.position} of {self.stop} bytes")
             if skip:
@@ -170,7 +170,7 @@ class ResumingReader:
                     raise SizeMismatch(f"the backend gave more than it was asked for, up to byte {stop}")
                 chunk = chunk[: stop - self.position]
             yield self._passed(chunk)
-        if ranged and self._caller("read", lambda: next(chunks, b""), self._location):
+        if ranged and self._caller.next("read", chunks, self._location):
             raise SizeMismatch(f"the backend gave more than it was asked for, up to byte {stop}")
         self.close_reading()
 
@@ -293,6 +293,7 @@ class ImageReader(io.BufferedIOBase):
         self._reader = reader
         self._expected = expected
         self._digests = digests
+        self._hashing = len(digests) > 0
         self._progress = progress
         self._check = check
         self._done: Callable[[BaseException | None, int], None] | None = done
@@ -305,7 +306,10 @@ class ImageReader(io.BufferedIOBase):
         return self
 
     def __next__(self) -> bytes:
-        if chunk := self.read1():
+        if self._chunk:
+            return self.read1()
+        if chunk := self._next():
+            self._position += len(chunk)
             return chunk
         raise StopIteration
 
@@ -378,7 +382,7 @@ class ImageReader(io.BufferedIOBase):
                 if self._expected:
                     compare(self._expected, self._digests.finish())
                 self._finish(None)
-            elif len(self._digests):
+            elif self._hashing:
                 self._digests.update(chunk, _nothing, self._check)
         except BaseException as error:
             self._ended = True

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Final, Protocol, TypeAlias, cast
 
-from imagestore._models import MIB
 from imagestore.errors import Cancelled, InvalidRequest, SourceError, StoreError
 
 __all__ = ["Readable", "Source", "SourceType", "open_source", "zeros"]
 
 PEEK: Final = 64 * 1024
-READ_MAX: Final = 16 * MIB
+READ_MAX: Final = 128 * 1024
 
 
 class Readable(Protocol):
@@ -31,16 +31,29 @@ class Readable(Protocol):
 
 SourceType: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Readable | Iterable[bytes]"
 
-_zeros = b""
+Memory: TypeAlias = Callable[[int], io.BytesIO]
+"""Gives a buffer of so many bytes, which is filled and read out without a copy."""
 
 
+@functools.lru_cache(16)
 def zeros(size: int) -> bytes:
-    """``size`` zero bytes, shared: all users together keep only the longest."""
-    global _zeros  # noqa: PLW0603 - a cache; two threads that both lengthen it do no harm
-    if len(_zeros) < size:
-        _zeros = bytes(size)
-    whole = _zeros
-    return whole if len(whole) == size else whole[:size]
+    """``size`` zero bytes, shared by all who ask for as many lately: they are the same few lengths all the time."""
+    return bytes(size)
+
+
+def _filled(length: int, memory: Memory | None, fill: Callable[[memoryview, int], int]) -> bytes:
+    """A block filled piece by piece; shorter if the pieces end."""
+    buffer = io.BytesIO(bytes(length)) if memory is None else memory(length)
+    filled = 0
+    with buffer.getbuffer() as view:
+        while filled < length:
+            with view[filled:] as rest:
+                count = fill(rest, filled)
+            if not count:
+                break
+            filled += count
+    buffer.truncate(filled)
+    return buffer.getvalue()
 
 
 class Source(ABC):
@@ -53,8 +66,8 @@ class Source(ABC):
     size: int | None = None
 
     @abstractmethod
-    def block(self, length: int) -> bytes:
-        """The next ``length`` bytes, fewer only at the end, ``b""`` after it."""
+    def block(self, length: int, memory: Memory | None = None) -> bytes:
+        """The next ``length`` bytes, fewer only at the end, ``b""`` after it; in what ``memory`` gives."""
 
     @abstractmethod
     def ended(self) -> bool:
@@ -79,24 +92,17 @@ class _FileSource(Source):
         self._hole_until = -1
         self._raw_position = 0 if owned else os.lseek(fd, 0, os.SEEK_CUR)
 
-    def block(self, length: int) -> bytes:
+    def block(self, length: int, memory: Memory | None = None) -> bytes:
         length = min(length, self._end - self._position)
         if length <= 0:
             return b""
         with _source_errors():
-            data = zeros(length) if self._sparse and self._hole(length) else self._tail(length)
+            data = zeros(length) if self._sparse and self._hole(length) else _filled(length, memory, self._fill)
         self._position += len(data)
         return data
 
-    def _tail(self, length: int) -> bytes:
-        data = os.pread(self._fd, length, self._position)
-        if len(data) in (0, length):
-            return data
-        parts = [data]
-        while len(data) < length and (part := os.pread(self._fd, length - len(data), self._position + len(data))):
-            parts.append(part)
-            data = b"".join(parts)
-        return data
+    def _fill(self, view: memoryview, filled: int) -> int:
+        return os.preadv(self._fd, [view], self._position + filled)
 
     def _hole(self, length: int) -> bool:
         if self._position + length <= self._hole_until:
@@ -141,16 +147,21 @@ class _PieceSource(Source):
         self._close = close
         self._wanted = 0
 
-    def block(self, length: int) -> bytes:
-        first = self._take(length)
-        if len(first) in (0, length):
-            return bytes(first)
-        # BytesIO appends in place and hands its buffer out without a copy: no second block while joining.
-        joined = io.BytesIO()
-        joined.write(first)
-        while (missing := length - joined.tell()) and (piece := self._take(min(missing, MIB))):
-            joined.write(piece)
-        return joined.getvalue()
+    def block(self, length: int, memory: Memory | None = None) -> bytes:
+        if not self._rest:
+            self._rest = self._next(length)
+        # A piece that is just what is wanted needs no copy.
+        if not self._rest or (isinstance(self._rest, bytes) and len(self._rest) == length):
+            whole, self._rest = bytes(self._rest), b""
+            return whole
+        return _filled(length, memory, self._fill)
+
+    def _fill(self, view: memoryview, filled: int) -> int:
+        piece = self._rest or self._next(len(view))
+        size = min(len(piece), len(view))
+        view[:size] = piece[:size] if size < len(piece) else piece
+        self._rest = memoryview(piece)[size:] if size < len(piece) else b""
+        return size
 
     def ended(self) -> bool:
         if not self._rest:
@@ -160,14 +171,6 @@ class _PieceSource(Source):
     def close(self) -> None:
         if self._close is not None:
             self._close.__exit__(None, None, None)
-
-    def _take(self, length: int) -> bytes | memoryview:
-        piece, self._rest = self._rest or self._next(length), b""
-        if len(piece) <= length:
-            return piece
-        view = memoryview(piece)
-        self._rest = view[length:]
-        return view[:length]
 
     def _next(self, length: int) -> bytes:
         self._wanted = length

@@ -6,9 +6,9 @@ when an upload may become visible, and puts the context on every error. After ``
 many threads at once.
 
 **A driver** is a subclass of `Driver`. Every driver has ``open, close, parse, stat, read, translate``. One that
-stores images also has ``locate, create, delete, uploads, discard``. The rest are *verbs*: a driver that has the method supports it,
-and `Verbs` below says what each means. Limits and guarantees (*adverbs*) are in `Capabilities`; no flag repeats
-what the presence of a method shows.
+stores images also has ``locate, create, delete, uploads, discard``. The rest are *verbs*: a driver that has the
+method supports it, and `Verbs` below says what each means. Limits and guarantees (*adverbs*) are in `Capabilities`;
+no flag repeats what the presence of a method shows.
 
 **What the store guarantees to a driver**
 

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FilesystemDriver"]
 
-_CHUNK: Final = 256 * 1024
+_CHUNK: Final = 192 * 1024
 _SPARSE_UNIT: Final = 4096
 _DEFAULT_MODE: Final = 0o640
 _NAME_MAX: Final = 255
@@ -792,6 +792,10 @@ class _Upload(Upload):
         written = os.pwrite(self._file.fd, block.data, block.offset)
         while written < len(block.data):
             written += os.pwrite(self._file.fd, memoryview(block.data)[written:], block.offset + written)
+        if self._driver._fsync:
+            # Begins to write it back now, so that the fsync finds little left to wait for. Pages that are being
+            # written stay in the page cache.
+            os.posix_fadvise(self._file.fd, block.offset, len(block.data), os.POSIX_FADV_DONTNEED)
 
     def commit(self, size: int, /) -> None:
         """Bring the file to ``size`` bytes and to stable storage, and give it its name.
