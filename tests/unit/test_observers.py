@@ -357,9 +357,9 @@ except Exception as error:
 def test_a_span_belongs_to_the_span_of_the_call(telemetry):
     store, backend = fake_store(observer=telemetry.observer)
     backend.script["write"] = [PermissionDenied("no")]
-    with store, telemetry.traces.get_tracer("host").start_as_current_span("request") as request:
-        with pytest.raises(PermissionDenied):
-            store.add("debian", DATA)
+    tracer = telemetry.traces.get_tracer("host")
+    with store, tracer.start_as_current_span("request") as request, pytest.raises(PermissionDenied):
+        store.add("debian", DATA)
     span = next(span for span in telemetry.spans.get_finished_spans() if span.name == "add s")
     assert span.parent.span_id == request.get_span_context().span_id
     assert span.attributes["error.type"] == "PermissionDenied"
