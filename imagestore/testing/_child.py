@@ -1,6 +1,8 @@
 """A process of its own over a harness's backend, to be killed or to fork.
 
 Run as ``python -m imagestore.testing._child``.
+
+PYTEST_DONT_REWRITE: to compare megabytes is quick, to explain how they differ is not.
 """
 
 from __future__ import annotations

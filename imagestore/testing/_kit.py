@@ -1,4 +1,7 @@
-"""What a check works with: stores over the harness's backend, fresh ids, and questions that many checks ask."""
+"""What a check works with: stores over the harness's backend, fresh ids, and questions that many checks ask.
+
+PYTEST_DONT_REWRITE: to compare megabytes is quick, to explain how they differ is not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Part one: what every driver must do when nothing goes wrong."""
+"""Part one: what every driver must do when nothing goes wrong.
+
+PYTEST_DONT_REWRITE: to compare megabytes is quick, to explain how they differ is not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Part four: what a driver may use, and what it must give back."""
+"""Part four: what a driver may use, and what it must give back.
+
+PYTEST_DONT_REWRITE: to compare megabytes is quick, to explain how they differ is not.
+"""
 
 from __future__ import annotations
 

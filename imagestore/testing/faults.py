@@ -1,6 +1,8 @@
 """Part two: what must hold when the source, the backend or the way between them fails.
 
 A `FaultyDriver` stands between the store and the driver; what it lets through, the real backend does.
+
+PYTEST_DONT_REWRITE: to compare megabytes is quick, to explain how they differ is not.
 """
 
 from __future__ import annotations

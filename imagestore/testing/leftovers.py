@@ -1,4 +1,7 @@
-"""Part three: what a killed process leaves behind can be found, told from everything else, and removed."""
+"""Part three: what a killed process leaves behind can be found, told from everything else, and removed.
+
+PYTEST_DONT_REWRITE: to compare megabytes is quick, to explain how they differ is not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Part five: a location comes from a stranger, and reaches nothing that its store was not configured for."""
+"""Part five: a location comes from a stranger, and reaches nothing that its store was not configured for.
+
+PYTEST_DONT_REWRITE: to compare megabytes is quick, to explain how they differ is not.
+"""
 
 from __future__ import annotations
 
