@@ -131,7 +131,7 @@ OLD_OPTIONS: Final[Mapping[str, tuple[OldOption, ...]]] = MappingProxyType(
             _kept("swift_store_service_type", "service_type"),
             _kept("swift_store_container", "container"),
             _ignored("swift_store_large_object_size", "every image longer than one segment is stored in segments"),
-            _ignored("swift_store_large_object_chunk_size", _BLOCKS),
+            _kept("swift_store_large_object_chunk_size", "segment_size", _times(SWIFT_MB)),
             _kept("swift_store_create_container_on_put", "create_container"),
             _kept("swift_store_multi_tenant", "multi_tenant"),
             _kept("swift_store_multiple_containers_seed", "containers_seed"),

@@ -1,0 +1,1280 @@
+"""Images as objects of one bucket, in Amazon S3 or a server that speaks its API (Ceph RGW, MinIO, …).
+
+An image is the object ``<prefix><image id>``; its location is ``s3://<host>/<bucket>/<prefix><image id>``, with
+``s3+https`` in place of ``s3`` where the endpoint is configured with https, as Glance writes it. Requests always go to
+the configured endpoint.
+
+**An image of one block** is a single PutObject within ``commit``. **A longer one** is a multipart upload, a part for
+each block. Both tell the token of their upload in the object's metadata, ``x-amz-meta-imagestore-token``.
+
+**The mark** of a multipart upload is an object of its own, ``<prefix>.imagestore/uploads/<token>-<nonce>``, because
+nothing of ours is visible in an unfinished upload: ListMultipartUploads shows neither metadata nor tags, and other
+programs upload to the same bucket, perhaps below the same prefix. It is written before the upload is begun, with the
+image id, and again with the upload's id, before the first part. So a process that is killed between the two leaves
+a mark of an upload without parts, and ``discard`` looks for it at that key. Some servers list multipart uploads for a
+whole key only, which is all that this needs.
+
+**No clobber** rests on ``If-None-Match: *`` of PutObject and CompleteMultipartUpload. Servers that don't know it ignore
+it, so ``open`` tries both out on an object of its own and keeps the outcome in ``<prefix>.imagestore/features`` for a
+week. Where the server ignores it, ``commit`` looks before it completes (``collision = "detected"``).
+
+Protocol: Amazon S3 API Reference, API version 2006-03-01.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+import re
+import secrets
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode, urlsplit
+
+from oslo_config import cfg
+
+from imagestore.driver import (
+    IMAGE_ID,
+    Block,
+    Capabilities,
+    Driver,
+    Hints,
+    Leftover,
+    Limits,
+    Location,
+    Options,
+    Reading,
+    Stat,
+    StoredImage,
+    Timeouts,
+    Upload,
+    require,
+)
+from imagestore.errors import (
+    AlreadyExists,
+    Cancelled,
+    Changed,
+    ConfigurationError,
+    DigestMismatch,
+    IntegrityError,
+    InvalidLocation,
+    InvalidOption,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    PermissionDenied,
+    RateLimited,
+    StoreError,
+    StoreFull,
+    StoreTimeout,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+__all__ = ["S3Driver"]
+
+_MIB: Final = 1024 * 1024
+_CHUNK: Final = 256 * 1024
+_PART_MIN: Final = 5 * _MIB
+_PART_MAX: Final = 5 * 1024 * _MIB
+_PARTS_MAX: Final = 10_000
+_COPY_PART: Final = 256 * _MIB
+_SIGNED_MAX: Final = 7 * 24 * 3600
+_METADATA_MAX: Final = 1800
+
+_AWS_HOST: Final = "s3.amazonaws.com"
+_TOKEN_KEY: Final = "imagestore-token"  # noqa: S105 - the name of a header
+_METADATA_KEY: Final = "imagestore-metadata"
+_TOKEN: Final = re.compile(r"[0-9a-f]{32}")
+_MARK: Final = re.compile(r"([0-9a-f]{32})-[0-9a-f]{8}")
+_MD5: Final = re.compile(r"[0-9a-f]{32}")
+_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_PREFIX: Final = re.compile(r"(?:[A-Za-z0-9!_*'()-][A-Za-z0-9!_.*'()-]*/)*(?:[A-Za-z0-9!_*'()-][A-Za-z0-9!_.*'()-]*)?")
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?")
+_ODD: Final = re.compile(r"[\x00-\x1f\x7f?#%\\]")
+
+_FEATURES_KEPT: Final = timedelta(days=7)
+_BEGIN_WINDOW: Final = timedelta(minutes=5)
+
+_HINT_RIGHTS: Final = "the credentials need the rights to list the bucket and to read, write and delete its objects"
+_HINT_CLOCK: Final = "the clocks of this host and of the server differ too much"
+_HINT_REGION: Final = "the bucket is in another region, or behind another endpoint: check options region and endpoint"
+
+_CODES: Final[dict[str, tuple[type[StoreError], str]]] = {
+    "NoSuchKey": (NotFound, "no such object"),
+    "NoSuchUpload": (NotFound, "no such upload: it was discarded, or is complete"),
+    "NoSuchVersion": (NotFound, "no such version"),
+    "NoSuchBucket": (ConfigurationError, "the bucket does not exist: create it, or set option create_bucket"),
+    "InvalidBucketName": (ConfigurationError, "the server does not accept the bucket's name: check option bucket"),
+    "PermanentRedirect": (ConfigurationError, _HINT_REGION),
+    "TemporaryRedirect": (Unavailable, "the bucket is being made or moved"),
+    "AuthorizationHeaderMalformed": (ConfigurationError, _HINT_REGION),
+    "IllegalLocationConstraintException": (ConfigurationError, _HINT_REGION),
+    "InvalidLocationConstraint": (ConfigurationError, "the server does not know this region: check option region"),
+    "BucketAlreadyExists": (ConfigurationError, "the bucket belongs to somebody else: choose another name"),
+    "InvalidStorageClass": (ConfigurationError, "the server does not know this storage class"),
+    "KMS.NotFoundException": (ConfigurationError, "there is no such KMS key: check option kms_key"),
+    "KMS.DisabledException": (ConfigurationError, "the KMS key is disabled"),
+    "InvalidAccessKeyId": (Unauthenticated, "the server does not know the access key"),
+    "SignatureDoesNotMatch": (Unauthenticated, "the secret key is wrong"),
+    "ExpiredToken": (Unauthenticated, "the credentials have expired"),
+    "InvalidToken": (Unauthenticated, "the session token is not valid"),
+    "TokenRefreshRequired": (Unauthenticated, "the credentials have expired"),
+    "RequestTimeTooSkewed": (Unauthenticated, _HINT_CLOCK),
+    "RequestExpired": (Unauthenticated, _HINT_CLOCK),
+    "AccessDenied": (PermissionDenied, f"access denied: {_HINT_RIGHTS}"),
+    "AllAccessDisabled": (PermissionDenied, "all access to the bucket is disabled"),
+    "UserSuspended": (PermissionDenied, "the user is suspended"),
+    "QuotaExceeded": (StoreFull, "the quota is used up"),
+    "XMinioAdminBucketQuotaExceeded": (StoreFull, "the bucket's quota is used up"),
+    "XMinioStorageFull": (StoreFull, "the server has no space left"),
+    "EntityTooLarge": (LimitExceeded, "the image is larger than the server can hold"),
+    "MetadataTooLarge": (InvalidRequest, "the metadata are too long"),
+    "SlowDown": (RateLimited, "the server asks to slow down"),
+    "SlowDownRead": (RateLimited, "the server asks to slow down"),
+    "SlowDownWrite": (RateLimited, "the server asks to slow down"),
+    "TooManyRequests": (RateLimited, "the server asks to slow down"),
+    "RequestLimitExceeded": (RateLimited, "the server asks to slow down"),
+    "BandwidthLimitExceeded": (RateLimited, "the server asks to slow down"),
+    "RequestTimeout": (StoreTimeout, "the server waited too long for the request"),
+    "OperationAborted": (Unavailable, "another operation on the same object is going on"),
+    "ConditionalRequestConflict": (Unavailable, "another operation on the same object is going on"),
+    "IncompleteBody": (Unavailable, "the server did not get the whole request"),
+    "InvalidPart": (IntegrityError, "a part is not there as it was sent"),
+    "InvalidObjectState": (StoreError, "the object is archived: restore it before it can be read"),
+    "NotImplemented": (Unsupported, "the server has no such operation"),
+    "MethodNotAllowed": (Unsupported, "the server does not allow this operation"),
+}
+_STATUSES: Final[dict[int, tuple[type[StoreError], str]]] = {
+    301: (ConfigurationError, _HINT_REGION),
+    307: (Unavailable, "the bucket is being made or moved"),
+    400: (StoreError, "the server refused the request: check options region and encryption, and that no token expired"),
+    401: (Unauthenticated, "the server does not accept the credentials"),
+    403: (PermissionDenied, f"access denied: {_HINT_RIGHTS}"),
+    404: (NotFound, "no such object"),
+    405: (Unsupported, "the server does not allow this operation"),
+    409: (Unavailable, "another operation on the same object is going on"),
+    412: (Changed, "the object is not what it was"),
+    413: (StoreFull, "the server has no room for so much"),
+    416: (Changed, "the object is shorter than it was"),
+    429: (RateLimited, "the server asks to slow down"),
+    501: (Unsupported, "the server has no such operation"),
+    507: (StoreFull, "the server has no space left"),
+}
+_DAMAGED: Final = frozenset({"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Root:
+    """Where locations may lie: ``host/bucket/prefix``, and the scheme that they are written with."""
+
+    scheme: str
+    host: str
+    bucket: str
+    prefix: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.host}/{self.bucket}/{self.prefix}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """What a mark tells: whose upload it is, and its id if it was begun for certain."""
+
+    key: str
+    image_id: str
+    upload_id: str | None
+    modified: datetime
+
+
+class S3Driver(Driver):
+    """Images as objects of one bucket. See the module for how."""
+
+    name = "s3"
+    schemes = ("s3", "s3+http", "s3+https")
+    options = (
+        cfg.StrOpt(
+            "endpoint",
+            help=(
+                "URL of the server, such as https://s3.example.com:7480; without a scheme it is https. Not set: Amazon "
+                "S3. It becomes a part of locations: change it only together with accept_locations."
+            ),
+        ),
+        cfg.StrOpt("region", help="Region of the bucket. Servers other than Amazon's mostly take any."),
+        cfg.StrOpt(
+            "access_key",
+            secret=True,
+            help=(
+                "Access key. Not set: credentials are looked for where Amazon's SDK does: environment, shared files, "
+                "container, instance."
+            ),
+        ),
+        cfg.StrOpt("secret_key", secret=True, help="Secret key for access_key."),
+        cfg.StrOpt("session_token", secret=True, help="Session token, where access_key is a temporary one."),
+        cfg.StrOpt("profile", help="Profile in the SDK's shared files, which may also name a role to assume."),
+        cfg.StrOpt("bucket", required=True, help="Bucket that holds the images."),
+        cfg.StrOpt(
+            "prefix",
+            default="",
+            help=(
+                "What the keys of all objects begin with, such as 'images/'. Glance can read locations only if there "
+                "is no slash in it."
+            ),
+        ),
+        cfg.BoolOpt("create_bucket", default=False, help="Create the bucket if it does not exist."),
+        cfg.StrOpt(
+            "addressing",
+            default="auto",
+            choices=[
+                ("auto", "as the SDK thinks best"),
+                ("path", "the bucket stands in the path of URLs"),
+                ("virtual", "the bucket is a part of the host name"),
+            ],
+            help="Where requests name the bucket.",
+        ),
+        cfg.StrOpt("cacert", help="File with the certificates of the authorities that are trusted."),
+        cfg.StrOpt(
+            "conditional_writes",
+            default="auto",
+            choices=[
+                ("auto", "find out, with an object of our own, and look again after a week"),
+                ("yes", "the server honours If-None-Match in PutObject and in CompleteMultipartUpload"),
+                ("no", "it does not, or answers it with an error"),
+            ],
+            help="Whether the server can refuse to replace an object.",
+        ),
+        cfg.StrOpt(
+            "checksums",
+            default="when_required",
+            choices=[
+                ("when_required", "only where the protocol demands them; every server understands that"),
+                ("when_supported", "the SDK also adds its own and checks those of answers"),
+            ],
+            help="Checksums beside the MD5 that every block is sent with.",
+        ),
+        cfg.StrOpt("storage_class", help="Storage class of images, such as STANDARD_IA. Not set: the bucket's."),
+        cfg.StrOpt(
+            "encryption",
+            default="none",
+            choices=[
+                ("none", "what the bucket is configured for"),
+                ("s3", "SSE-S3, keys of the server"),
+                ("kms", "SSE-KMS, the key kms_key or the account's own"),
+                ("customer", "SSE-C, the key customer_key"),
+            ],
+            help="Encryption in the server.",
+        ),
+        cfg.StrOpt("kms_key", help="Id or ARN of the KMS key."),
+        cfg.StrOpt(
+            "customer_key",
+            secret=True,
+            help="Key for SSE-C: 32 bytes in base64. Whoever loses it loses the images.",
+        ),
+        cfg.DictOpt("tags", default={}, help="Tags of image objects: name:value, comma-separated."),
+        cfg.ListOpt(
+            "accept_locations",
+            default=[],
+            help=(
+                "Further places whose images may be read and deleted by location, such as former hosts and buckets: "
+                "s3://host/bucket or s3://host/bucket/prefix, comma-separated. Requests go to endpoint all the same. "
+                "Nothing is ever listed or added there."
+            ),
+        ),
+    )
+
+    def __init__(
+        self,
+        settings: Options,
+        /,
+        *,
+        store: str = "",
+        limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        """Check the options.
+
+        Raises:
+            InvalidOption: an option is missing or has a value that it can't have; the message names it.
+        """
+        super().__init__(settings, store=store, limits=limits, timeouts=timeouts)
+        self._endpoint, scheme, host = self._read_endpoint(settings.endpoint)
+        self._bucket = self._match("bucket", settings.bucket or "", _BUCKET)
+        self._prefix = self._match("prefix", settings.prefix or "", _PREFIX)
+        if len(self._prefix) > 512:
+            raise self._invalid("prefix", "is longer than 512 characters")
+        self._root = _Root(scheme, host, self._bucket, self._prefix)
+        roots = [self._root, *(self._read_root(uri) for uri in settings.accept_locations or ())]
+        if self._endpoint is None and settings.region:
+            roots.append(_Root(scheme, f"s3.{settings.region}.amazonaws.com", self._bucket, self._prefix))
+        # The longest first, so that a prefix within another is found before it; ours before one of the same text.
+        self._roots = sorted(roots, key=lambda root: -len(root.text))
+        if bool(settings.access_key) != bool(settings.secret_key):
+            raise self._invalid("secret_key", "must be set together with access_key")
+        self._customer = self._read_customer_key()
+        self._encryption = self._read_encryption()
+        self._own = f"{self._prefix}.imagestore/"
+        self._marks = f"{self._own}uploads/"
+        self._probes = f"{self._own}probe-"
+        self._conditional_put = self._conditional_complete = settings.conditional_writes == "yes"
+        self._client: Any = None
+
+    # Options
+
+    def _invalid(self, option: str, problem: str) -> InvalidOption:
+        return InvalidOption(f"option {option}: {problem}", store=self.store or None, driver=self.name)
+
+    def _match(self, option: str, value: str, pattern: re.Pattern[str]) -> str:
+        if not pattern.fullmatch(value):
+            raise self._invalid(option, f"{value!r} is missing, or not what it can be" if value else "not set")
+        return value
+
+    def _read_endpoint(self, text: str | None) -> tuple[str | None, str, str]:
+        """The endpoint's URL, and the scheme and host that locations get."""
+        if not text:
+            return None, "s3+https", _AWS_HOST
+        url = text if "://" in text else f"https://{text}"
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not _HOST.fullmatch(parts.netloc):
+            raise self._invalid("endpoint", "is not a URL such as https://s3.example.com")
+        if parts.query or parts.fragment or ".." in parts.path or "//" in parts.path:
+            raise self._invalid("endpoint", "has a query, a fragment or an odd path")
+        scheme = "s3+https" if parts.scheme == "https" else "s3"
+        return url, scheme, _host(parts.scheme, parts.netloc) + parts.path.rstrip("/")
+
+    def _read_root(self, uri: str) -> _Root:
+        scheme, separator, rest = uri.partition("://")
+        host, _, path = rest.partition("/")
+        bucket, _, prefix = path.partition("/")
+        if not separator or scheme.lower() not in self.schemes or not _HOST.fullmatch(host):
+            raise self._invalid("accept_locations", "an entry is not of the form s3://host/bucket")
+        if not _BUCKET.fullmatch(bucket) or not _PREFIX.fullmatch(prefix):
+            raise self._invalid("accept_locations", f"a bucket or prefix can't be {path!r}")
+        return _Root(scheme.lower(), _host(scheme.lower(), host), bucket, prefix)
+
+    def _read_customer_key(self) -> dict[str, Any]:
+        if self.settings.encryption != "customer":
+            return {}
+        try:
+            key = base64.b64decode(self.settings.customer_key or "", validate=True)
+        except (binascii.Error, ValueError):
+            key = b""
+        if len(key) != 32:
+            raise self._invalid("customer_key", "must be 32 bytes in base64")
+        return {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": key}
+
+    def _read_encryption(self) -> dict[str, Any]:
+        """What is said when an object is made."""
+        kind = self.settings.encryption
+        if kind == "kms":
+            key = {"SSEKMSKeyId": self.settings.kms_key} if self.settings.kms_key else {}
+            return {"ServerSideEncryption": "aws:kms", **key}
+        return {"ServerSideEncryption": "AES256"} if kind == "s3" else self._customer
+
+    # Connecting
+
+    def open(self) -> None:
+        """Connect, see that the bucket is there, and find out whether the server can refuse to replace objects.
+
+        Raises:
+            ConfigurationError: the bucket does not exist and is not to be created, or is elsewhere.
+            Unauthenticated: the server does not accept the credentials, or there are none.
+            PermissionDenied: they don't allow the bucket to be used.
+        """
+        self._client = self._connect()
+        try:
+            features = self._read_features()
+            if self.settings.conditional_writes == "auto":
+                self._conditional_put, self._conditional_complete = features or self._find_features()
+        except BaseException:
+            self.close()
+            raise
+        self.capabilities = Capabilities(
+            parallel_writes=self.limits.workers,
+            block_min=_PART_MIN,
+            block_max=_PART_MAX,
+            blocks_max=_PARTS_MAX,
+            repeatable_create=True,
+            block_digest="md5",
+            collision="exclusive" if self._conditional_put and self._conditional_complete else "detected",
+            commit_proof=True,
+        )
+
+    def _connect(self) -> Any:
+        boto3 = require("boto3", extra="s3")
+        botocore = require("botocore.exceptions", extra="s3")
+        config = require("botocore.config", extra="s3").Config(
+            signature_version="s3v4",
+            connect_timeout=self.timeouts.connect,
+            read_timeout=self.timeouts.stall,
+            # Reads hold connections beside the workers' writes.
+            max_pool_connections=2 * self.limits.workers,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            request_checksum_calculation=self.settings.checksums,
+            response_checksum_validation=self.settings.checksums,
+            # Every part carries its MD5, which is signed: a second digest of the same bytes would prove nothing more.
+            s3={"addressing_style": self.settings.addressing, "payload_signing_enabled": False},
+            ignore_configured_endpoint_urls=True,
+            tcp_keepalive=True,
+            user_agent_extra="imagestore",
+        )
+        settings = self.settings
+        try:
+            session = boto3.session.Session(
+                aws_access_key_id=settings.access_key,
+                aws_secret_access_key=settings.secret_key,
+                aws_session_token=settings.session_token,
+                profile_name=settings.profile,
+            )
+            return session.client(
+                "s3",
+                region_name=settings.region or session.region_name or "us-east-1",
+                endpoint_url=self._endpoint,
+                verify=settings.cacert or None,
+                config=config,
+            )
+        except (botocore.ProfileNotFound, botocore.InvalidRegionError, ValueError) as error:
+            raise ConfigurationError(f"options profile, region, endpoint: {error}") from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _call(self, operation: str, /, **arguments: Any) -> Any:
+        """One request for the bucket's own objects."""
+        client = self._client
+        if client is None:
+            raise Cancelled("the store was closed")
+        try:
+            return getattr(client, operation)(**{"Bucket": self._bucket, **arguments})
+        except ValueError as error:
+            # Out of the SDK's parsers, for a number or a time that was cut off.
+            raise Unavailable(f"the server's answer can't be understood: {error}") from error
+
+    def _read_features(self) -> tuple[bool, bool] | None:
+        """What is known of the server, or None; on the way, whether the bucket can be used at all."""
+        try:
+            answer = self._get(f"{self._own}features")
+        except Exception as error:
+            if _code(error) == "NoSuchBucket" and self.settings.create_bucket:
+                self._create_bucket()
+                return None
+            if _status(error) != 404 or _code(error) == "NoSuchBucket":
+                raise
+            return None
+        try:
+            told = json.loads(answer[0])
+            fresh = datetime.now(UTC) - answer[1] < _FEATURES_KEPT
+            if fresh and told["endpoint"] == self._root.host:
+                return bool(told["put"]), bool(told["complete"])
+        except (ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def _create_bucket(self) -> None:
+        region = self._client.meta.region_name
+        # Other servers have names of their own for places, and mostly none at all.
+        aws = self._endpoint is None or (urlsplit(self._endpoint).hostname or "").endswith(".amazonaws.com")
+        where = {"CreateBucketConfiguration": {"LocationConstraint": region}} if aws and region != "us-east-1" else {}
+        try:
+            self._call("create_bucket", **where)
+        except Exception as error:
+            if _code(error) != "BucketAlreadyOwnedByYou":
+                raise
+
+    def _find_features(self) -> tuple[bool, bool]:
+        """Try `If-None-Match` in both operations on an object of our own, and write down what came of it."""
+        key = f"{self._probes}{secrets.token_hex(16)}"
+        try:
+            self._put(key, b"1")
+        except Exception as error:
+            # Who may not write has no use for the answer.
+            if isinstance(self.translate(error), PermissionDenied):
+                return False, False
+            raise
+        try:
+            put = _refuses(lambda: self._put(key, b"2", IfNoneMatch="*"))
+            complete = put and self._complete_refuses(key)
+        finally:
+            # What stays behind looks like a leftover, and is one.
+            with contextlib.suppress(Exception):
+                self._discard_probe(key)
+        told = {"endpoint": self._root.host, "put": put, "complete": complete}
+        with contextlib.suppress(Exception):
+            self._put(f"{self._own}features", json.dumps(told).encode())
+        return put, complete
+
+    def _complete_refuses(self, key: str) -> bool:
+        upload = _need(self._call("create_multipart_upload", Key=key, **self._encryption), "UploadId")
+        part = self._call("upload_part", Key=key, UploadId=upload, PartNumber=1, Body=b"3", **self._customer)
+        parts = [{"PartNumber": 1, "ETag": _need(part, "ETag")}]
+        return _refuses(lambda: self._complete(key, upload, parts, IfNoneMatch="*"))
+
+    # Small objects of our own
+
+    def _put(self, key: str, data: bytes, **arguments: Any) -> None:
+        self._call("put_object", Key=key, Body=data, **self._encryption, **arguments)
+
+    def _get(self, key: str) -> tuple[bytes, datetime]:
+        answer = self._call("get_object", Key=key, **self._customer)
+        with contextlib.closing(answer["Body"]) as body:
+            return body.read(4096), _need(answer, "LastModified")
+
+    def _remove(self, key: str) -> None:
+        """Delete an object, in a bucket with versions all of them: nobody shall find ours there."""
+        answer = self._call("delete_object", Key=key)
+        if not answer.get("VersionId"):
+            return
+        found = self._call("list_object_versions", Prefix=key)
+        for version in (*found.get("Versions", ()), *found.get("DeleteMarkers", ())):
+            if version["Key"] == key:
+                self._call("delete_object", Key=key, VersionId=version["VersionId"])
+
+    def _objects(self, prefix: str) -> Iterator[dict[str, Any]]:
+        """The objects whose keys begin with ``prefix`` and have no slash after it."""
+        marker: dict[str, str] = {}
+        while True:
+            page = self._call("list_objects_v2", Prefix=prefix, Delimiter="/", **marker)
+            yield from page.get("Contents", ())
+            if not page.get("IsTruncated"):
+                return
+            marker = {"ContinuationToken": _need(page, "NextContinuationToken")}
+
+    # Locations
+
+    def parse(self, uri: str, /) -> Location:
+        """Check an ``s3://``, ``s3+http://`` or ``s3+https://`` location; the three mean the same image.
+
+        All after the bucket is the key as it is: nothing is decoded.
+
+        Raises:
+            InvalidLocation: another scheme, host, bucket or prefix than configured or in ``accept_locations``, or a key
+                with an empty or hidden component or with characters that mean something in a URL.
+        """
+        scheme, separator, rest = uri.partition("://")
+        if not separator or scheme.lower() not in self.schemes:
+            raise InvalidLocation("not an s3:// location")
+        host, _, path = rest.partition("/")
+        text = f"{_host(scheme.lower(), host)}/{path}"
+        for root in self._roots:
+            if text.startswith(root.text):
+                return self._location(root, text[len(root.text) :])
+        raise InvalidLocation("the location is not in the host, bucket and prefix that this store is configured for")
+
+    def _location(self, root: _Root, name: str) -> Location:
+        if _ODD.search(name) or len(root.prefix) + len(name.encode(errors="replace")) > 1024:
+            raise InvalidLocation("the key is too long, or has characters that a location can't have")
+        try:
+            name.encode()
+        except UnicodeError as error:
+            raise InvalidLocation("the key is not text") from error
+        if any(not part or part.startswith(".") for part in name.split("/")):
+            raise InvalidLocation("the key has a component that is empty or hidden")
+        if root in self._roots and root.bucket == self._bucket and root.prefix == self._prefix:
+            # By whatever host it was called, it is the same image.
+            root = self._root
+        return Location(
+            uri=f"{root.scheme}://{root.text}{name}",
+            key=(root.bucket, root.prefix + name),
+            image_id=name if IMAGE_ID.fullmatch(name) else None,
+        )
+
+    def _place(self, location: Location) -> dict[str, Any]:
+        """The arguments of a request for what is at ``location``."""
+        # The text decides, whoever made the location.
+        bucket, key = self.parse(location.uri).key
+        return {"Bucket": bucket, "Key": key}
+
+    def locate(self, image_id: str, /) -> Location | None:
+        """The location of the object of that id, or None."""
+        location = self._location(self._root, image_id)
+        try:
+            self.stat(location)
+        except NotFound:
+            return None
+        return location
+
+    def list(self) -> Iterator[StoredImage]:
+        """Objects directly below the prefix whose names are image ids."""
+        for item in self._objects(self._prefix):
+            name = item["Key"][len(self._prefix) :]
+            if IMAGE_ID.fullmatch(name):
+                location = self._location(self._root, name)
+                yield StoredImage(image_id=name, location=location, size=item["Size"], modified=item["LastModified"])
+
+    # Reading
+
+    def stat(self, location: Location, /) -> Stat:
+        """Size, time, token and metadata of the object; the version is its ETag.
+
+        Raises:
+            NotFound: there is no such object.
+        """
+        answer = self._found("head_object", location)
+        size = _need(answer, "ContentLength")
+        # A connection that ends within a header line gives a shorter one, and no body follows that could show it.
+        last = [*answer.get("ResponseMetadata", {}).get("HTTPHeaders", ())][-1:]
+        if last == ["content-length"] and self._found("head_object", location).get("ContentLength") != size:
+            raise Unavailable("the server told two different sizes")
+        return _stat(answer, size)
+
+    def _found(self, operation: str, location: Location, **arguments: Any) -> Any:
+        try:
+            return self._call(operation, **self._place(location), **self._customer, **arguments)
+        except Exception as error:
+            # A HEAD has no body that could tell what was not found.
+            if _status(error) == 404 and _code(error) != "NoSuchBucket":
+                raise NotFound("no such object") from error
+            raise
+
+    def read(self, location: Location, start: int, stop: int | None, /, version: str | None = None) -> Reading:
+        """Open the object, or bytes ``start`` to ``stop`` of it, if its ETag is ``version``.
+
+        Raises:
+            NotFound: there is no such object.
+            Changed: it has another ETag, or is shorter than the range.
+        """
+        whole = start == 0 and stop is None
+        arguments = {} if whole else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+        if version is not None:
+            arguments["IfMatch"] = f'"{version}"'
+        answer = self._found("get_object", location, **arguments)
+        try:
+            length = size = _need(answer, "ContentLength")
+            if not whole:
+                size = _total(answer.get("ContentRange"), start)
+            stat = _stat(answer, size)
+            if version is not None and stat.version != version:
+                raise Changed("the object was replaced")
+            if length != (size if stop is None else stop) - start:
+                raise Unavailable("the server's answer has another length than was asked for")
+            chunks = _Chunks(answer["Body"], length)
+            # A head is known to be whole, and its numbers right, when something comes after it.
+            chunks.begin()
+        except BaseException:
+            answer["Body"].close()
+            raise
+        return Reading(stat=stat, chunks=chunks, close=chunks.close)
+
+    def sign(self, location: Location, seconds: int, /) -> str:
+        """A presigned URL for GET. Whoever has it can read the image until it expires, or the credentials do.
+
+        Raises:
+            InvalidRequest: more than seven days, or less than a second.
+            Unsupported: the images are encrypted with a key of the customer, which readers would have to send.
+        """
+        if self._customer:
+            raise Unsupported("images under a customer's key can't be read by a URL alone")
+        if not 1 <= seconds <= _SIGNED_MAX:
+            raise InvalidRequest(f"a URL can be signed for 1 to {_SIGNED_MAX} seconds")
+        url: str = self._client.generate_presigned_url("get_object", self._place(location), ExpiresIn=int(seconds))
+        return url
+
+    # Deleting
+
+    def delete(self, location: Location, /) -> None:
+        """Delete the object. In a bucket with versions the old one stays until the bucket's rules remove it.
+
+        Raises:
+            NotFound: there is no such object.
+        """
+        # DeleteObject says nothing of what was not there.
+        self.stat(location)
+        self._call("delete_object", **self._place(location))
+
+    # Writing
+
+    def create(self, image_id: str, hints: Hints, /) -> Upload:
+        """Begin an upload; one that is known to be of one block is begun, and ended, by its commit.
+
+        Raises:
+            InvalidRequest: the metadata are longer than S3 can keep.
+        """
+        upload = _Upload(self, self._location(self._root, image_id), image_id, hints)
+        if hints.size is not None and hints.size > hints.block_size:
+            try:
+                upload.begin()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    upload.abort()
+                raise
+        return upload
+
+    def copy(self, location: Location, image_id: str, hints: Hints, /) -> Location:
+        """Copy inside the server, pinned to the ETag that the image has now.
+
+        Raises:
+            AlreadyExists: the id is taken. Changed: the image was replaced meanwhile.
+        """
+        stat = self.stat(location)
+        source = {"CopySource": self._place(location), "CopySourceIfMatch": f'"{stat.version}"'}
+        if self._customer:
+            source["CopySourceSSECustomerAlgorithm"] = self._customer["SSECustomerAlgorithm"]
+            source["CopySourceSSECustomerKey"] = self._customer["SSECustomerKey"]
+        upload = _Upload(self, self._location(self._root, image_id), image_id, hints)
+        try:
+            upload.copy(source, stat.size)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                upload.abort()
+            raise
+        return upload.location
+
+    def _complete(self, key: str, upload_id: str, parts: Sequence[dict[str, Any]], **arguments: Any) -> None:
+        self._call(
+            "complete_multipart_upload",
+            Key=key,
+            UploadId=upload_id,
+            MultipartUpload={"Parts": [*parts]},
+            **self._customer,
+            **arguments,
+        )
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        """Give a multipart upload up. One that is gone or complete already is left alone."""
+        try:
+            self._call("abort_multipart_upload", Key=key, UploadId=upload_id)
+            # A part that was on its way meanwhile may keep it alive (AbortMultipartUpload in the reference).
+            self._call("list_parts", Key=key, UploadId=upload_id, MaxParts=1, **self._customer)
+        except Exception as error:
+            if _status(error) != 404 or _code(error) == "NoSuchBucket":
+                raise
+            return
+        raise Unavailable("parts of the upload still arrive")
+
+    # Leftovers
+
+    def uploads(self) -> Iterator[Leftover]:
+        """Multipart uploads that have a mark of ours, and what a search for the server's features left."""
+        for item in self._objects(self._marks):
+            named = _MARK.fullmatch(item["Key"][len(self._marks) :])
+            mark = self._read_mark(item["Key"]) if named else None
+            if named and mark:
+                count, last = self._stored(mark)
+                yield Leftover(
+                    token=named[1],
+                    image_id=mark.image_id,
+                    bytes=count,
+                    started=mark.modified,
+                    last_activity=max(last, mark.modified),
+                    key=(mark.key,),
+                )
+        for item in self._objects(self._probes):
+            token = item["Key"][len(self._probes) :]
+            if _TOKEN.fullmatch(token):
+                modified = item["LastModified"]
+                yield Leftover(
+                    token=token, bytes=item["Size"], started=modified, last_activity=modified, key=(item["Key"],)
+                )
+
+    def discard(self, leftover: Leftover, /) -> None:
+        """Abort the upload that a mark tells of, and remove the mark. If it still runs, its commit will fail.
+
+        Raises:
+            InvalidRequest: ``leftover`` is not from this store.
+        """
+        key = leftover.key[0] if leftover.key else ""
+        if key.startswith(self._probes) and _TOKEN.fullmatch(key[len(self._probes) :]):
+            self._discard_probe(key)
+            return
+        if not key.startswith(self._marks) or not _MARK.fullmatch(key[len(self._marks) :]):
+            raise InvalidRequest("not an upload of this store")
+        mark = self._read_mark(key)
+        if mark is None:
+            return
+        target = self._prefix + mark.image_id
+        if mark.upload_id is not None:
+            self._abort(target, mark.upload_id)
+        for upload_id in self._strays(mark, target):
+            self._abort(target, upload_id)
+        self._remove(key)
+
+    def _discard_probe(self, key: str) -> None:
+        for upload in self._multipart_uploads(key):
+            self._abort(key, upload["UploadId"])
+        self._remove(key)
+
+    def _write_mark(self, key: str, image_id: str, upload_id: str | None) -> None:
+        self._put(key, json.dumps({"image_id": image_id, "upload_id": upload_id}).encode())
+
+    def _read_mark(self, key: str) -> _Mark | None:
+        """What a mark says; None if it is gone, or is none of ours."""
+        try:
+            data, modified = self._get(key)
+        except Exception as error:
+            if _code(error) == "NoSuchKey":
+                return None
+            raise
+        try:
+            told = json.loads(data)
+            image_id, upload_id = told["image_id"], told["upload_id"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        if not isinstance(image_id, str) or not IMAGE_ID.fullmatch(image_id):
+            return None
+        return _Mark(key, image_id, upload_id if isinstance(upload_id, str) and upload_id else None, modified)
+
+    def _stored(self, mark: _Mark) -> tuple[int, datetime]:
+        """How many bytes a marked upload holds, and when the last of them came."""
+        count, last = 0, mark.modified
+        marker: dict[str, Any] = {}
+        while mark.upload_id is not None:
+            target = {"Key": self._prefix + mark.image_id, "UploadId": mark.upload_id}
+            try:
+                page = self._call("list_parts", **target, **marker, **self._customer)
+            except Exception as error:
+                if _status(error) != 404 or _code(error) == "NoSuchBucket":
+                    raise
+                break
+            for part in page.get("Parts", ()):
+                count += part["Size"]
+                last = max(last, part["LastModified"])
+            if not page.get("IsTruncated"):
+                break
+            marker = {"PartNumberMarker": _need(page, "NextPartNumberMarker")}
+        return count, last
+
+    def _multipart_uploads(self, key: str) -> Iterator[dict[str, Any]]:
+        marker: dict[str, str] = {}
+        while True:
+            page = self._call("list_multipart_uploads", Prefix=key, **marker)
+            yield from (upload for upload in page.get("Uploads", ()) if upload["Key"] == key)
+            if not page.get("IsTruncated"):
+                return
+            marker = {"KeyMarker": _need(page, "NextKeyMarker"), "UploadIdMarker": _need(page, "NextUploadIdMarker")}
+
+    def _strays(self, mark: _Mark, target: str) -> Sequence[str]:
+        """Uploads that may have been begun under this mark without its learning their ids.
+
+        They are at its key, began when it was written, have no part yet, and no other mark knows them. Should one be
+        somebody else's all the same, that one loses nothing that was stored.
+        """
+        found = [
+            upload["UploadId"]
+            for upload in self._multipart_uploads(target)
+            if abs(upload["Initiated"] - mark.modified) < _BEGIN_WINDOW and upload["UploadId"] != mark.upload_id
+        ]
+        if found:
+            marks = [self._read_mark(item["Key"]) for item in self._objects(self._marks)]
+            known = {other.upload_id for other in marks if other is not None}
+            found = [upload_id for upload_id in found if upload_id not in known]
+        return [
+            upload_id
+            for upload_id in found
+            if not self._call("list_parts", Key=target, UploadId=upload_id, MaxParts=1, **self._customer).get("Parts")
+        ]
+
+    # Errors
+
+    def translate(self, error: Exception, /) -> StoreError | None:
+        """What an error of the SDK means: by the server's code, else by the status, else by its class."""
+        response = getattr(error, "response", None)
+        if isinstance(response, dict) and "Error" in response:
+            return self._refusal(error, response)
+        exceptions = require("botocore.exceptions", extra="s3")
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError)):
+            return StoreTimeout(text)
+        if isinstance(error, exceptions.SSLError):
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                return ConfigurationError(f"the server's certificate is not trusted: check option cacert: {error}")
+            return Unavailable(text)
+        if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
+            return Unauthenticated(f"set access_key and secret_key, or give the SDK credentials: {error}")
+        if isinstance(error, (exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)):
+            return Unavailable(text)
+        if isinstance(error, exceptions.ParamValidationError):
+            return InvalidRequest(text)
+        broken = (
+            exceptions.ConnectionError,
+            exceptions.HTTPClientError,
+            exceptions.IncompleteReadError,
+            exceptions.ChecksumError,
+            exceptions.FlexibleChecksumError,
+            require("botocore.parsers", extra="s3").ResponseParserError,
+            require("urllib3.exceptions", extra="s3").HTTPError,
+        )
+        if isinstance(error, (*broken, OSError)):
+            return Unavailable(text)
+        return None
+
+    def _refusal(self, error: Exception, response: dict[str, Any]) -> StoreError:
+        code, status = _code(error), _status(error)
+        said = response["Error"].get("Message") or ""
+        wait = _seconds(response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after"))
+        if code in _DAMAGED:
+            # The bytes in memory are right, so that sending them again helps.
+            return DigestMismatch(f"the bytes were damaged on their way ({code})", temporary=True)
+        known = _CODES.get("SlowDown" if code.startswith("Throttl") else code) or _STATUSES.get(status)
+        if known is None and (status >= 500 or code == "InternalError"):
+            known = (RateLimited if wait is not None else Unavailable, "the server failed")
+        kind, meaning = known or (StoreError, "the server refused the request")
+        about = f" (bucket {self._bucket})" if issubclass(kind, (ConfigurationError, PermissionDenied)) else ""
+        return kind(f"{meaning}{about}: {code} {said}".rstrip(), retry_after=wait)
+
+
+class _Upload(Upload):
+    """An image on its way into the bucket."""
+
+    def __init__(self, driver: S3Driver, location: Location, image_id: str, hints: Hints) -> None:
+        self.location = location
+        self._driver = driver
+        self._image_id = image_id
+        self._key = location.key[1]
+        self._token = hints.token
+        self._metadata = _encode(hints)
+        self._mark = f"{driver._marks}{hints.token}-{secrets.token_hex(4)}"
+        self._lock = threading.Lock()
+        # Whether there may be a mark, whether it is there for certain, and whether it tells the upload's id.
+        self._marked = self._announced = self._known = False
+        # Whether there may be an upload whose id nobody knows.
+        self._doubt = False
+        self._upload_id: str | None = None
+        self._parts: dict[int, str] = {}
+        self._only: Block | None = None
+        self._committed = False
+
+    def _making(self) -> dict[str, Any]:
+        """What is said of the object when it is made."""
+        settings = self._driver.settings
+        arguments = {"Metadata": self._metadata, "ContentType": "application/octet-stream", **self._driver._encryption}
+        if settings.storage_class:
+            arguments["StorageClass"] = settings.storage_class
+        if settings.tags:
+            arguments["Tagging"] = urlencode(settings.tags)
+        return arguments
+
+    def begin(self) -> None:
+        """Write the mark and begin the multipart upload, unless that was done. Repeated, it goes on where it failed."""
+        driver = self._driver
+        with self._lock:
+            if not self._announced:
+                self._marked = True
+                driver._write_mark(self._mark, self._image_id, None)
+                self._announced = True
+            if self._upload_id is None:
+                before, self._doubt = self._doubt, True
+                self._upload_id = _need(
+                    driver._call("create_multipart_upload", Key=self._key, **self._making()), "UploadId"
+                )
+                self._doubt = before
+            if not self._known:
+                driver._write_mark(self._mark, self._image_id, self._upload_id)
+                self._known = True
+
+    def write(self, block: Block, /) -> None:
+        """Upload a part; an only block is kept for the commit.
+
+        Raises:
+            DigestMismatch: (temporary) the server got other bytes.
+            NotFound: the upload was discarded.
+        """
+        if block.last and block.index == 0:
+            self._only = block
+            return
+        self.begin()
+        number = block.index + 1
+        answer = self._driver._call(
+            "upload_part",
+            Key=self._key,
+            UploadId=self._upload_id,
+            PartNumber=number,
+            Body=_Body(block.data),
+            **_md5(block),
+            **self._driver._customer,
+        )
+        if not _right(answer, block):
+            raise DigestMismatch("the server's ETag of a part is not the MD5 of what was sent", temporary=True)
+        self._parts[number] = _etag(answer)
+
+    def commit(self, size: int, /) -> None:
+        """Make the object visible: complete the multipart upload, or put an object of one block or none.
+
+        Raises:
+            AlreadyExists: the id was taken meanwhile.
+            NotFound: the upload was discarded.
+        """
+        if self._committed:
+            return
+        try:
+            if self._parts:
+                self._complete()
+            else:
+                self._put()
+        except Exception as error:
+            if _status(error) == 412:
+                raise AlreadyExists("there is an image of that id already") from error
+            raise
+        self._committed = True
+        self._only = None
+        # The image stands. A mark that can't be removed is a leftover like any other.
+        with contextlib.suppress(Exception):
+            self._forget()
+
+    def _complete(self) -> None:
+        driver = self._driver
+        if not driver._conditional_complete and self._stands():
+            return
+        condition = {"IfNoneMatch": "*"} if driver._conditional_complete else {}
+        parts = [{"PartNumber": number, "ETag": self._parts[number]} for number in sorted(self._parts)]
+        assert self._upload_id is not None
+        driver._complete(self._key, self._upload_id, parts, **condition)
+
+    def _put(self) -> None:
+        driver, block = self._driver, self._only
+        if not driver._conditional_put and self._stands():
+            return
+        condition = {"IfNoneMatch": "*"} if driver._conditional_put else {}
+        body = {"Body": _Body(block.data), **_md5(block)} if block is not None else {"Body": b""}
+        answer = driver._call("put_object", Key=self._key, **body, **self._making(), **condition)
+        if block is None or _right(answer, block):
+            return
+        # The answer may have been damaged, or the object; the latter must not stay.
+        if not _right(driver._found("head_object", self.location), block):
+            driver._call("delete_object", Key=self._key)
+            raise DigestMismatch("the server's ETag of the image is not the MD5 of what was sent")
+
+    def _stands(self) -> bool:
+        """Whether an earlier commit of ours, whose answer was lost, made the object. Another's is `AlreadyExists`."""
+        try:
+            stat = self._driver.stat(self.location)
+        except NotFound:
+            return False
+        if stat.token != self._token:
+            raise AlreadyExists("there is an image of that id already")
+        return True
+
+    def copy(self, source: dict[str, Any], size: int) -> None:
+        """Make the object from another one. Raises as `commit` does."""
+        driver = self._driver
+        if size == 0 or (size <= _COPY_PART and not driver._conditional_complete):
+            self._copy_small(source if size else None)
+            return
+        self.begin()
+        length = max(_COPY_PART, -(-size // _PARTS_MAX))
+
+        def copy_part(start: int) -> None:
+            number = start // length + 1
+            answer = driver._call(
+                "upload_part_copy",
+                Key=self._key,
+                UploadId=self._upload_id,
+                PartNumber=number,
+                CopySourceRange=f"bytes={start}-{min(start + length, size) - 1}",
+                **source,
+                **driver._customer,
+            )
+            self._parts[number] = _need(_need(answer, "CopyPartResult"), "ETag")
+
+        try:
+            with ThreadPoolExecutor(min(8, driver.limits.workers), "imagestore-copy") as pool:
+                for done in [pool.submit(copy_part, start) for start in range(0, size, length)]:
+                    done.result()
+        except Exception as error:
+            raise _source_changed(error) from error
+        self.commit(size)
+
+    def _copy_small(self, source: dict[str, Any] | None) -> None:
+        if source is None:
+            self.commit(0)
+        elif not self._stands():
+            try:
+                self._driver._call(
+                    "copy_object", Key=self._key, MetadataDirective="REPLACE", **source, **self._making()
+                )
+            except Exception as error:
+                raise _source_changed(error) from error
+
+    def abort(self) -> None:
+        """Abort the multipart upload and remove its mark. What was committed stays."""
+        with self._lock:
+            self._only = None
+            if self._upload_id is not None and not self._committed:
+                self._driver._abort(self._key, self._upload_id)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Remove the mark, unless an upload may be left that can be found by it alone."""
+        if self._marked and not self._doubt:
+            self._driver._remove(self._mark)
+            self._marked = False
+
+
+class _Body:
+    """The bytes of a part as a file, given away in larger pieces than asked for.
+
+    As a whole they would have to be sent within one time-out, however slow the line: socket.sendall has one for all.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, size: int = -1, /) -> bytes:
+        stop = len(self._data) if size < 0 else self._position + max(size, _CHUNK)
+        piece = self._data[self._position : stop]
+        self._position += len(piece)
+        return piece
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._position = offset + (0, self._position, len(self._data))[whence]
+        return self._position
+
+
+class _Chunks:
+    """The bytes of an answer; an error if it ends before ``length`` bytes."""
+
+    def __init__(self, body: Any, length: int) -> None:
+        self._body = body
+        self._left = length
+        self._first = b""
+        self._closed = False
+
+    def begin(self) -> None:
+        """Read the first of them now."""
+        self._first = next(self, b"")
+
+    def __iter__(self) -> _Chunks:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._closed:
+            raise Cancelled("the read was closed")
+        if self._first:
+            first, self._first = self._first, b""
+            return first
+        if self._left == 0:
+            self._body.close()
+            raise StopIteration
+        try:
+            data: bytes = self._body.read(min(_CHUNK, self._left))
+        except Exception as error:
+            if self._closed:
+                raise Cancelled("the read was closed") from error
+            raise
+        if not data:
+            self._body.close()
+            raise Unavailable(f"the connection ended {self._left} bytes before the end")
+        self._left -= len(data)
+        return data
+
+    def close(self) -> None:
+        """Close the connection, unless all was read."""
+        self._closed = True
+        self._body.close()
+
+
+def _host(scheme: str, text: str) -> str:
+    """A host in lower case and without the scheme's own port."""
+    port = ":443" if scheme.endswith("https") else ":80"
+    return text.lower().removesuffix(port)
+
+
+def _code(error: BaseException) -> str:
+    """The server's name for an error; the status, where an answer without a body has no name; "" for other errors."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _status(error: BaseException) -> int:
+    response = getattr(error, "response", None)
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(response, dict) else 0
+
+
+def _need(answer: dict[str, Any], name: str) -> Any:
+    """What every whole answer tells. One that was cut off between two header lines looks like a shorter one."""
+    if name not in answer:
+        raise Unavailable(f"the server's answer has no {name}")
+    return answer[name]
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    """The ETag as it was told; half of one, from a connection that ended within that line, is an error."""
+    etag: str = _need(answer, "ETag")
+    if etag.startswith('"') and not etag.endswith('"', 1):
+        raise Unavailable("the server's answer has half an ETag")
+    return etag
+
+
+def _refuses(request: Callable[[], object]) -> bool:
+    """Whether the server honours the condition of a request that must fail. Some don't even allow it to be asked."""
+    try:
+        request()
+    except Exception as error:
+        status = _status(error)
+        if status not in (400, 412, 501):
+            raise
+        return status == 412
+    return False
+
+
+def _source_changed(error: Exception) -> Exception:
+    return Changed("the image was replaced while it was copied") if _status(error) == 412 else error
+
+
+def _seconds(text: str | None) -> float | None:
+    return float(text) if text is not None and re.fullmatch(r"[0-9]{1,6}", text.strip()) else None
+
+
+def _md5(block: Block) -> dict[str, str]:
+    return {} if block.digest is None else {"ContentMD5": base64.b64encode(block.digest).decode()}
+
+
+def _right(answer: dict[str, Any], block: Block) -> bool:
+    """Whether the ETag is the MD5 of the block, where it is one: under SSE-KMS and SSE-C it is not."""
+    etag = str(answer.get("ETag", "")).strip('"').lower()
+    other = answer.get("SSECustomerAlgorithm") or str(answer.get("ServerSideEncryption", "")).startswith("aws:")
+    return bool(other) or block.digest is None or not _MD5.fullmatch(etag) or etag == block.digest.hex()
+
+
+def _encode(hints: Hints) -> dict[str, str]:
+    """Our metadata as S3 can keep them: ASCII, and 2 KB in all."""
+    kept = {_TOKEN_KEY: hints.token}
+    if hints.metadata:
+        text = json.dumps(dict(hints.metadata), separators=(",", ":"))
+        if len(text) > _METADATA_MAX:
+            raise InvalidRequest(f"the metadata take {len(text)} bytes; S3 keeps {_METADATA_MAX}")
+        kept[_METADATA_KEY] = text
+    return kept
+
+
+def _stat(answer: dict[str, Any], size: int) -> Stat:
+    # Header names have no case, and servers differ in what they make of it.
+    kept = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
+    token = kept.get(_TOKEN_KEY, "")
+    try:
+        told = json.loads(kept.get(_METADATA_KEY, "{}"))
+    except ValueError:
+        told = {}
+    return Stat(
+        size=size,
+        version=_etag(answer).strip('"'),
+        token=token if _TOKEN.fullmatch(token) else None,
+        modified=_need(answer, "LastModified"),
+        metadata=told if isinstance(told, dict) and all(isinstance(text, str) for text in told.values()) else {},
+    )
+
+
+def _total(content_range: str | None, start: int) -> int:
+    """The size of an object from the answer for a part of it (RFC 9110, 14.4)."""
+    told = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range or "")
+    if told is None or int(told[1]) != start:
+        raise Unavailable("the server's answer is not the range that was asked for")
+    return int(told[2])

@@ -1,0 +1,1542 @@
+"""Images in OpenStack Swift, and in what speaks its API, such as Ceph's gateway.
+
+An image is the object ``<container>/<image id>``. One of a single block is a plain object. A longer one is a static
+large object (SLO): its blocks are segments ``<prefix>/<token>/<number>`` in the same container, and the object is the
+manifest that lists each with size and ETag. Where more segments are needed than a manifest may list, and the server
+allows it, the manifest lists manifests. Dynamic large objects, which Glance writes, are read and deleted.
+(https://docs.openstack.org/swift/latest/overview_large_objects.html)
+
+**An upload** has a mark, the object ``<prefix>/marks/<token>``, which `create` writes before the first segment. Only
+an image that is known to be one block needs none: its one PUT stores everything or nothing.
+
+**Commit** puts the object with ``If-None-Match: *``, and then the claim ``<prefix>/marks/<token>.claim`` in the same
+way. Whoever discards an upload puts that claim first. So one of the two gets it, and the other one gives way: a commit
+that comes second takes its object back. The claim of a discarded upload expires by itself after a day. Servers that do
+not know ``If-None-Match`` are found out by asking them for something that those who do know it refuse; for them the
+same is done by looking first.
+
+Swift has no step that only one can take: it looks for an object before it takes the body of another, and of two that
+arrive in one moment it stores both, one after the other. So whoever has stored looks again, and gives way if something
+else is there. Two can win only if one of them comes in between the other's check and its storing, and is looked at
+before that: hence ``detected``.
+
+**Delete** marks, removes the visible name, and then the segments. What a cut leaves is a marked leftover.
+
+**Locations** are Glance's. ``swift+config://<reference>/<container>/<image id>`` where an accounts file is configured;
+else ``swift+http(s)://<auth_url>/<container>/<image id>``. With ``multi_tenant`` every image has a container
+``<container>_<image id>`` in its user's account, and is at ``swift+http(s)://<storage URL>/<container>/<image id>``.
+No location holds credentials, and none of those that once were in a location is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+from urllib.parse import quote, unquote, urlsplit
+
+from oslo_config import cfg
+
+from imagestore.driver import (
+    IMAGE_ID,
+    Block,
+    Capabilities,
+    Driver,
+    Hints,
+    Leftover,
+    Limits,
+    Location,
+    Options,
+    Reading,
+    Stat,
+    StoredImage,
+    Timeouts,
+    Upload,
+    Usage,
+    require,
+)
+from imagestore.drivers._swift_account import (
+    BoundLogin,
+    Client,
+    Credentials,
+    Stream,
+    Where,
+    Wires,
+    absolute,
+    client_of,
+    read_accounts,
+)
+from imagestore.errors import (
+    AlreadyExists,
+    Cancelled,
+    Changed,
+    ConfigurationError,
+    DigestMismatch,
+    IntegrityError,
+    InvalidLocation,
+    InvalidOption,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    RateLimited,
+    SizeMismatch,
+    StoreError,
+    StoreFull,
+    StoreTimeout,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
+
+__all__ = ["SwiftDriver"]
+
+_CHUNK: Final = 256 * 1024
+_MIB: Final = 1024 * 1024
+_COPY_PIECE: Final = 64 * _MIB
+_PAGE: Final = 1000
+_BULK: Final = 500
+_DAY: Final = 86400
+
+_TOKEN: Final = re.compile(r"[0-9a-f]{32}")
+_CONTAINER: Final = re.compile(r"[^/?#%@\x00-\x1f\x7f-\x9f\s]{1,256}")
+_PREFIX: Final = re.compile(r"\.[A-Za-z0-9._-]{1,60}")
+_REFERENCE: Final = re.compile(r"[^/?#%@:\x00-\x1f\x7f-\x9f\s]{1,200}")
+_ADDRESS: Final = re.compile(r"[^/?#@\x00-\x20\x7f-\x9f]+(?:/[^?#@\x00-\x20\x7f-\x9f]*)?")
+_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]+)-([0-9]+)/([0-9]+)")
+_DLO_SEGMENT: Final = re.compile(r"(.+)-[0-9]{5}")
+
+_NESTED: Final = "manifest-"
+_META: Final = "X-Object-Meta-Imagestore-"
+_META_VALUE: Final = 240
+_META_TOTAL: Final = 3000
+
+_FAILURES: Final[Mapping[int, type[StoreError]]] = {
+    401: Unauthenticated,
+    403: PermissionDenied,
+    404: NotFound,
+    405: Unsupported,
+    408: StoreTimeout,
+    409: Unavailable,
+    412: Changed,
+    413: StoreFull,
+    416: Changed,
+    422: DigestMismatch,
+    429: RateLimited,
+    498: RateLimited,
+    499: Unavailable,
+    501: Unsupported,
+    504: StoreTimeout,
+    507: StoreFull,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Facts:
+    """What a server can do, as it says itself; the defaults hold for one that says nothing."""
+
+    segments: int = 1000
+    segment_min: int = _MIB
+    object_max: int = 5 * 1024**3 + 2  # Swift's own default
+    bulk_delete: bool = False
+    digests: tuple[str, ...] = ("sha256", "sha1")
+    conditional: bool = False
+    """It knows ``If-None-Match: *``; so far only OpenStack's own does, which also nests manifests and copies ranges."""
+
+
+class SwiftDriver(Driver):
+    """Images in OpenStack Swift. See the module for how."""
+
+    name = "swift"
+    schemes = ("swift+https", "swift", "swift+http", "swift+config")
+    options = (
+        cfg.StrOpt(
+            "auth_url",
+            help=(
+                "Where to log in: the URL of Keystone v3, or of an authentication server of version 1 (tempauth, "
+                "Ceph: http://host/auth/v1.0). Without a scheme it is https."
+            ),
+        ),
+        cfg.StrOpt(
+            "auth_version",
+            default="3",
+            choices=[("3", "Keystone v3"), ("1", "tempauth, and Ceph's gateway")],
+            help="How to log in.",
+        ),
+        cfg.StrOpt("user", help="User, as project:user, or without the project where project_name is set."),
+        cfg.StrOpt("key", secret=True, help="The user's password."),
+        cfg.StrOpt("project_name", help="Project of the user."),
+        cfg.StrOpt("project_id", help="Id of the user's project; takes the place of its name."),
+        cfg.StrOpt("user_domain_id", help="Domain of the user; 'default' if neither id nor name is set."),
+        cfg.StrOpt("user_domain_name", help="Name of the domain of the user."),
+        cfg.StrOpt("project_domain_id", help="Domain of the project; 'default' if neither id nor name is set."),
+        cfg.StrOpt("project_domain_name", help="Name of the domain of the project."),
+        cfg.StrOpt("application_credential_id", help="Application credential, in place of user and key."),
+        cfg.StrOpt("application_credential_secret", secret=True, help="The application credential's secret."),
+        cfg.StrOpt(
+            "accounts_file",
+            help=(
+                "INI file with a section for each account, in the form of Glance's swift_store_config_file: "
+                "auth_address with user and key, or with application_credential_id and application_credential_secret. "
+                "Locations then name the section, and images of all sections can be read and deleted. Set this or "
+                "auth_url, not both."
+            ),
+        ),
+        cfg.StrOpt("reference", default="ref1", help="The section of accounts_file that new images go to."),
+        cfg.StrOpt("region", help="Region of the endpoint; any if not set."),
+        cfg.StrOpt(
+            "endpoint",
+            help="Storage URL, up to but without the container. It takes the place of what the login or catalog says.",
+        ),
+        cfg.StrOpt(
+            "endpoint_type",
+            default="publicURL",
+            choices=["publicURL", "internalURL", "adminURL"],
+            help="Which of the catalog's interfaces to use.",
+        ),
+        cfg.StrOpt("service_type", default="object-store", help="Type of the service in the catalog."),
+        cfg.StrOpt(
+            "cacert",
+            help=(
+                "File with the certificates, in PEM, of the authorities to trust in place of the usual ones. "
+                "Certificates are always verified."
+            ),
+        ),
+        cfg.StrOpt(
+            "container",
+            default="glance",
+            help="Container of the images; with containers_seed or multi_tenant what the containers' names begin with.",
+        ),
+        cfg.IntOpt(
+            "containers_seed",
+            default=0,
+            min=0,
+            max=32,
+            help=(
+                "Spread the images over containers named container_ and so many of the first digits of the image id "
+                "(dashes are kept and not counted). 0: one container."
+            ),
+        ),
+        cfg.IntOpt(
+            "segment_size",
+            min=1,
+            help=(
+                "Longest segment, in bytes. Without it segments are 8 MiB, or as long as the image needs where the "
+                "server allows few; with it, an image that would need longer ones is refused."
+            ),
+        ),
+        cfg.BoolOpt("create_container", default=False, help="Create containers that are missing."),
+        cfg.BoolOpt(
+            "multi_tenant",
+            default=False,
+            help=(
+                "Keep every image in the account of the user whose call it is, in a container of its own. Needs "
+                "store.bind(auth); the options for logging in have no meaning then."
+            ),
+        ),
+        cfg.ListOpt(
+            "admin_projects",
+            default=[],
+            help="Ids of projects that may write every image whose access is set; with multi_tenant only.",
+        ),
+        cfg.StrOpt(
+            "prefix",
+            default=".imagestore",
+            help=(
+                "What the names of segments and marks begin with; a dot comes first, so that none can be an image's. "
+                "Stores that share a container must agree on it."
+            ),
+        ),
+        cfg.ListOpt(
+            "accept_locations",
+            default=[],
+            help=(
+                "Further places whose images may be read and deleted by location, each a location up to the container: "
+                "swift+https://former-auth-address/v3/container or swift+config://reference/container. A star at the "
+                "end of the container stands for any rest. What is there is looked for with the credentials of this "
+                "store (or of that reference); the address is never connected to."
+            ),
+        ),
+        cfg.StrOpt(
+            "temp_url_key",
+            secret=True,
+            help="Key that signs temporary URLs. If it is not set, the account's own is used where it may be read.",
+        ),
+    )
+
+    def __init__(
+        self,
+        settings: Options,
+        /,
+        *,
+        store: str = "",
+        limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        """Check the options.
+
+        Raises:
+            InvalidOption: an option is missing or has a value that it can't have; the message names it.
+        """
+        super().__init__(settings, store=store, limits=limits, timeouts=timeouts)
+        self._multi: bool = settings.multi_tenant
+        self._base: str = settings.container
+        self._prefix: str = settings.prefix
+        self._seed: int = settings.containers_seed
+        # Swift's names have 256 bytes, and where there are many containers the image id may be in them.
+        longest = 55 if self._multi or self._seed else 256
+        if not _CONTAINER.fullmatch(self._base) or self._base in (".", "..") or len(self._base.encode()) > longest:
+            raise self._invalid("container", f"it has 1 to {longest} characters without blanks and without / ? # % @")
+        if not _PREFIX.fullmatch(self._prefix) or ".." in self._prefix:
+            raise self._invalid("prefix", "a dot, and then letters, digits, dots, dashes and underscores")
+        self._where = Where(
+            service_type=settings.service_type,
+            endpoint_type=settings.endpoint_type,
+            region=settings.region or None,
+            override=self._check_url("endpoint", settings.endpoint),
+        )
+        self._credentials = self._read_credentials()
+        self._root = self._own_root()
+        self._accepted = [self._read_accepted(text) for text in settings.accept_locations or ()]
+        self._bound: Client | None = None
+
+    def _invalid(self, option: str, problem: str) -> InvalidOption:
+        return InvalidOption(f"option {option}: {problem}", store=self.store or None, driver=self.name)
+
+    def _check_url(self, option: str, text: str | None) -> str | None:
+        if not text:
+            return None
+        url = absolute(text)
+        scheme, _, rest = url.partition("://")
+        if scheme not in ("http", "https") or not _ADDRESS.fullmatch(rest):
+            raise self._invalid(option, "not an http:// or https:// URL without credentials and query")
+        return url
+
+    def _read_credentials(self) -> Credentials | None:
+        """What the options say; None where an accounts file or the user does."""
+        settings = self.settings
+        if self._multi:
+            if settings.accounts_file or self._seed:
+                raise self._invalid("multi_tenant", "can't be set together with accounts_file or containers_seed")
+            return None
+        if settings.accounts_file:
+            if settings.auth_url:
+                raise self._invalid("accounts_file", "can't be set together with auth_url")
+            if not _REFERENCE.fullmatch(settings.reference or ""):
+                raise self._invalid("reference", "the name of a section, without blanks and without / ? # % @ :")
+            return None
+        credentials = Credentials(
+            auth_url=self._check_url("auth_url", settings.auth_url) or "",
+            auth_version=settings.auth_version,
+            user=settings.user,
+            key=settings.key,
+            user_domain_id=settings.user_domain_id,
+            user_domain_name=settings.user_domain_name,
+            project_domain_id=settings.project_domain_id,
+            project_domain_name=settings.project_domain_name,
+            project_name=settings.project_name,
+            project_id=settings.project_id,
+            application_credential_id=settings.application_credential_id,
+            application_credential_secret=settings.application_credential_secret,
+        )
+        if problem := credentials.problem():
+            raise InvalidOption(f"option {problem}" if problem.startswith("auth_url") else f"option user: {problem}")
+        return credentials
+
+    def _own_root(self) -> str:
+        """What this store's locations begin with, up to the container."""
+        if self._credentials is not None:
+            return _location_root(self._credentials.auth_url)
+        return f"swift+config://{self.settings.reference}"
+
+    def _read_accepted(self, text: str) -> tuple[str, str, str]:
+        """An entry of ``accept_locations`` as root, reference and container pattern."""
+        root, slash, container = text.strip().rpartition("/")
+        scheme, separator, rest = root.partition("://")
+        if self._multi:
+            raise self._invalid("accept_locations", "has no meaning with multi_tenant")
+        if not slash or not separator or scheme.lower() not in self.schemes or not _ADDRESS.fullmatch(rest):
+            raise self._invalid("accept_locations", "each is swift+https://address/container without credentials")
+        name = container.removesuffix("*")
+        if "*" in name or not _CONTAINER.fullmatch(name or "x"):
+            raise self._invalid("accept_locations", "a container has no blanks, and a star only at its end")
+        if scheme.lower() == "swift+config":
+            return f"swift+config://{rest}", rest, container
+        return _location_root(f"{_web_scheme(scheme)}://{rest}"), self._default_reference, container
+
+    @property
+    def _default_reference(self) -> str:
+        return self.settings.reference if self.settings.accounts_file else ""
+
+    # Connecting
+
+    def open(self) -> None:
+        """Log in, find out what the server can do, and look for the container.
+
+        Raises:
+            ConfigurationError: the container is missing, or the server has no large objects; the message says what
+                to do.
+        """
+        keep = self.limits.workers + 4
+        self._wires = Wires(self.settings.cacert or None, self.timeouts, keep)
+        self._facts: dict[str, _Facts] = {}
+        self._clients: dict[str, Client] = {}
+        self._lock = threading.Lock()
+        try:
+            if self._multi:
+                # What the server can do is found out when it is known, which is by `bind`.
+                self.capabilities = self._capabilities(_Facts(conditional=True, segment_min=1))
+                return
+            self._accounts = self._read_accounts()
+            client = self._client(self._default_reference)
+            self.capabilities = self._capabilities(self._facts_of(client))
+            if not self._seed:
+                self._look_for_container(client)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_accounts(self) -> dict[str, Credentials]:
+        if self._credentials is not None:
+            return {"": self._credentials}
+        accounts = read_accounts(self.settings.accounts_file)
+        if self.settings.reference not in accounts:
+            raise self._invalid("reference", f"there is no section [{self.settings.reference}] in the accounts file")
+        return accounts
+
+    def _look_for_container(self, client: Client) -> None:
+        answer = client("HEAD", f"/{quote(self._base)}", ok=(403, 404))
+        if answer.status == 404:
+            if not self.settings.create_container:
+                raise _no_container(self._base)
+            client("PUT", f"/{quote(self._base)}")
+
+    def close(self) -> None:
+        """Give up idle connections. Reads that are open go on."""
+        for client in self._clients.values():
+            client.close()
+        self._wires.close()
+
+    def bind(self, auth: Any, /) -> Driver:
+        """A driver that acts for one user, in that user's own account.
+
+        Raises:
+            Unsupported: the store is not configured with ``multi_tenant``: it acts for itself.
+        """
+        if not self._multi:
+            raise Unsupported("this store acts for itself only: its option multi_tenant is not set")
+        bound = copy.copy(self)
+        bound._bound = Client(BoundLogin(auth, self._where), self._wires)
+        bound._root = _location_root(bound._bound.storage_url()).removeprefix("swift+")
+        bound.capabilities = self._capabilities(self._facts_of(bound._bound))
+        return bound
+
+    def _client(self, reference: str) -> Client:
+        if self._multi:
+            if self._bound is None:
+                raise Unauthenticated("this store acts for its users only: use store.bind(auth)")
+            return self._bound
+        with self._lock:
+            client = self._clients.get(reference)
+            if client is None:
+                credentials = self._accounts.get(reference)
+                if credentials is None:
+                    raise InvalidLocation(f"there is no section [{reference}] in the accounts file of this store")
+                client = client_of(credentials, self._where, self.settings.cacert or None, self._wires, self.timeouts)
+                self._clients[reference] = client
+            return client
+
+    def _facts_of(self, client: Client) -> _Facts:
+        """What the server can do; asked once for each server."""
+        url = client.storage_url()
+        root = url[: url.rindex("/v1")] if "/v1" in urlsplit(url).path else url
+        known = self._facts.get(root)
+        if known is None:
+            known = self._facts[root] = self._ask_facts(client, root)
+        return known
+
+    def _ask_facts(self, client: Client, root: str) -> _Facts:
+        answer = self._wires.of(root).send("GET", f"{urlsplit(root).path}/info", {}, None)
+        told = _json_object(answer.body) if answer.status == 200 else {}
+        if told and "slo" not in told:
+            raise ConfigurationError("this server has no static large objects (the middleware slo)")
+        usual = _Facts()
+        slo = told.get("slo", {})
+        # A value that only a server which knows the header finds wrong; those that don't store an empty object.
+        probe = f"/{quote(self._base)}/{self._prefix}/probe"
+        refused = client("PUT", probe, {"If-None-Match": '"imagestore"'}, ok=(400, 403, 404, 409, 412))
+        if refused.status < 300:
+            client("DELETE", probe, ok=(404,))
+        return _Facts(
+            segments=int(slo.get("max_manifest_segments", usual.segments)),
+            segment_min=max(1, int(slo.get("min_segment_size", 1 if told else usual.segment_min))),
+            object_max=int(told.get("swift", {}).get("max_file_size", usual.object_max)),
+            bulk_delete="bulk_delete" in told,
+            digests=tuple(told.get("tempurl", {}).get("allowed_digests", usual.digests)),
+            conditional=refused.status == 400 and b"If-None-Match" in refused.body,
+        )
+
+    def _capabilities(self, facts: _Facts) -> Capabilities:
+        return Capabilities(
+            parallel_writes=self.limits.workers,
+            block_min=facts.segment_min,
+            block_max=max(facts.segment_min, min(facts.object_max, self.settings.segment_size or facts.object_max)),
+            blocks_max=facts.segments**2 if facts.conditional else facts.segments,
+            repeatable_create=True,
+            block_digest="md5",
+            # Swift looks whether there is an object before it takes the body, and not again when it stores it.
+            collision="detected",
+            commit_proof=True,
+            needs_auth=self._multi,
+        )
+
+    # Locations
+
+    def parse(self, uri: str, /) -> Location:
+        """Check a location, as text only. Nothing in it is decoded.
+
+        ``swift://`` is the same as ``swift+https://``. Below an address or a reference that this store is configured
+        for come the container and the image id. Of an accounts file every section may be named; that it exists is
+        checked when the location is used.
+
+        Raises:
+            InvalidLocation: another address, reference or container, or no image id.
+        """
+        scheme, separator, rest = uri.partition("://")
+        scheme = scheme.lower()
+        if not separator or scheme not in self.schemes:
+            raise InvalidLocation("not a swift location")
+        head, _, image_id = rest.rpartition("/")
+        address, _, container = head.rpartition("/")
+        named = IMAGE_ID.fullmatch(image_id) and _CONTAINER.fullmatch(container) and _ADDRESS.fullmatch(address)
+        if not named or address.endswith("/"):
+            raise InvalidLocation("a swift location is swift+https://address/container/image-id")
+        if self._multi:
+            return self._parse_storage_url(scheme, address, container, image_id)
+        if scheme == "swift+config":
+            root = f"swift+config://{address}"
+            own = bool(self.settings.accounts_file) and bool(_REFERENCE.fullmatch(address))
+            reference = address
+        else:
+            root = _location_root(f"{_web_scheme(scheme)}://{address}")
+            own, reference = root == self._root, ""
+        if own and container == self._container_name(image_id):
+            return self._located(reference, container, image_id)
+        for accepted_root, accepted_reference, pattern in self._accepted:
+            same = container.startswith(pattern[:-1]) if pattern.endswith("*") else container == pattern
+            # One place under two addresses has one canonical text: the one that this store writes itself.
+            if same and (root == accepted_root or (own and reference == accepted_reference)):
+                return self._located(accepted_reference, container, image_id)
+        raise InvalidLocation("this store is not configured for that address, reference or container")
+
+    def _parse_storage_url(self, scheme: str, address: str, container: str, image_id: str) -> Location:
+        url = _location_root(f"{_web_scheme(scheme)}://{address}").removeprefix("swift+")
+        known = self._root if self._bound is not None else None
+        # Accounts of others may be readable. They are beside the user's own, on the same server, and nowhere else.
+        if scheme == "swift+config" or (known is not None and _without_account(url) != _without_account(known)):
+            raise InvalidLocation("this store reaches only the Swift that its user's catalog names")
+        if container != f"{self._base}_{image_id}" or not _REFERENCE.fullmatch(url.rpartition("/")[2]):
+            raise InvalidLocation(f"images of this store are in containers named {self._base}_ and the image id")
+        return self._located(url, container, image_id)
+
+    def _located(self, base: str, container: str, image_id: str) -> Location:
+        if self._multi:
+            root = f"swift+{base}"
+        elif self.settings.accounts_file:
+            root = f"swift+config://{base}"
+        else:
+            root = self._root
+        return Location(uri=f"{root}/{container}/{image_id}", key=(base, container, image_id), image_id=image_id)
+
+    def _container_name(self, image_id: str) -> str:
+        if self._multi:
+            return f"{self._base}_{image_id}"
+        if not self._seed:
+            return self._base
+        text = image_id.lower()
+        return f"{self._base}_{text[: self._seed + text[: self._seed].count('-')]}"
+
+    def _place(self, image_id: str) -> Location:
+        base = self._root if self._multi and self._bound is not None else self._default_reference
+        self._client(base)
+        return self._located(base, self._container_name(image_id), image_id)
+
+    def _container(self, base: str, name: str) -> _Container:
+        """``base`` is a storage URL with ``multi_tenant``, and a reference else."""
+        client = self._client(base)
+        if self._multi and _without_account(base) != _without_account(self._root):
+            raise InvalidLocation("this store reaches only the Swift that its user's catalog names")
+        url = base if self._multi else None
+        return _Container(client, self._facts_of(client), name, self._prefix, url, own=url in (None, self._root))
+
+    def _at(self, location: Location) -> tuple[_Container, str]:
+        base, container, name = location.key
+        return self._container(base, container), name
+
+    # Reading
+
+    def locate(self, image_id: str, /) -> Location | None:
+        """Look for the object."""
+        location = self._place(image_id)
+        container, name = self._at(location)
+        return None if container.head(name) is None else location
+
+    def stat(self, location: Location, /) -> Stat:
+        """Ask for the object's headers."""
+        container, name = self._at(location)
+        headers = container.head(name)
+        if headers is None:
+            raise NotFound("there is no such image")
+        return _describe(headers, name, container.size(headers))
+
+    def read(self, location: Location, start: int, stop: int | None, /, version: str | None = None) -> Reading:
+        """Open the object. A manifest is put together by the server."""
+        container, name = self._at(location)
+        ranged = start > 0 or stop is not None
+        headers = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if ranged else {}
+        answer = container.get(name, headers)
+        stream = answer.stream
+        assert stream is not None
+        try:
+            told = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+            if answer.status == 206 and told:
+                first, size = int(told[1]), int(told[3])
+            else:
+                first, size = 0, container.size(answer.headers)
+            stat = _describe(answer.headers, name, size)
+            if version is not None and stat.version != version:
+                raise Changed("the image was replaced")
+            end = size if stop is None else min(stop, size)
+            if first != start or (answer.status != 206 and end != size):
+                raise StoreError("the server does not honour ranges")
+        except BaseException:
+            stream.close()
+            raise
+        chunks = _Chunks(stream, end - start)
+        return Reading(stat=stat, chunks=chunks, close=chunks.close)
+
+    def list(self) -> Iterator[StoredImage]:
+        """The objects without a slash in their names, but for the segments that Glance keeps beside its images."""
+        for container in self._containers():
+            base = self._root if self._multi else self._default_reference
+            dynamic: str | None = None
+            for entry in container.entries(delimiter="/"):
+                name = entry.get("name", "")
+                if not IMAGE_ID.fullmatch(name) or self._container_name(name) != container.name:
+                    continue
+                size = entry.get("bytes") or None
+                segment = _DLO_SEGMENT.fullmatch(name)
+                if segment and segment[1] == dynamic:
+                    continue
+                if not size and self._is_dynamic(container, name):
+                    dynamic = name
+                if not container.facts.conditional:
+                    size = None  # Ceph tells the length of the manifest
+                location = self._located(base, container.name, name)
+                yield StoredImage(image_id=name, location=location, size=size, modified=_moment(entry))
+
+    def _is_dynamic(self, container: _Container, name: str) -> bool:
+        headers = container.head(name)
+        return headers is not None and "X-Object-Manifest" in headers
+
+    def _containers(self) -> Iterator[_Container]:
+        base = self._root if self._multi and self._bound is not None else self._default_reference
+        client = self._client(base)
+        if not self._seed and not self._multi:
+            yield self._container(base, self._base)
+            return
+        for entry in _pages(client, "", prefix=f"{self._base}_"):
+            if _CONTAINER.fullmatch(entry["name"]):
+                container = self._container(base, entry["name"])
+                container.empty = entry.get("count") == 0
+                yield container
+
+    def usage(self) -> Usage:
+        """What the container holds and may hold; of the account where there are many containers."""
+        base = self._root if self._multi else self._default_reference
+        client = self._client(base)
+        if not self._seed and not self._multi:
+            headers = client("HEAD", f"/{quote(self._base)}").headers
+            quota = _whole(headers.get("X-Container-Meta-Quota-Bytes"))
+            used = _whole(headers.get("X-Container-Bytes-Used"))
+        else:
+            headers = client("HEAD", "").headers
+            quota = _whole(headers.get("X-Account-Meta-Quota-Bytes") or headers.get("X-Account-Quota-Bytes"))
+            used = _whole(headers.get("X-Account-Bytes-Used"))
+        if quota is None or used is None:
+            return Usage(used=used)
+        return Usage(total=max(quota, used), used=used, free=max(0, quota - used))
+
+    def sign(self, location: Location, seconds: int, /) -> str:
+        """A temporary URL (https://docs.openstack.org/swift/latest/api/temporary_url_middleware.html).
+
+        Raises:
+            ConfigurationError: no key is known.
+        """
+        container, name = self._at(location)
+        url = container.url()
+        key = self.settings.temp_url_key
+        if not key:
+            key = container.client("HEAD", "", base=url, ok=(403,)).headers.get("X-Account-Meta-Temp-Url-Key")
+        if not key:
+            raise ConfigurationError("no key signs temporary URLs: set the option temp_url_key, or one for the account")
+        digest = next((each for each in ("sha256", "sha512", "sha1") if each in container.facts.digests), "sha256")
+        parts = urlsplit(url)
+        sign = require("swiftclient.utils", extra="swift").generate_temp_url
+        signed: str = sign(f"{parts.path}/{container.name}/{name}", seconds, key, "GET", digest=digest)
+        path, _, query = signed.partition("?")
+        return f"{parts.scheme}://{parts.netloc}{quote(path)}?{query}"
+
+    def set_acls(self, location: Location, *, public: bool, read: tuple[str, ...], write: tuple[str, ...]) -> None:
+        """Set who may use the image's container: ``*:*`` is every user that Keystone knows.
+
+        Raises:
+            Unsupported: all images are in one container, whose access is not one image's.
+        """
+        if not self._multi:
+            raise Unsupported("access is for each image only where the option multi_tenant is set")
+        container, _ = self._at(location)
+        writers = [*write, *self.settings.admin_projects]
+        headers = {
+            "X-Container-Read": "*:*" if public else ",".join(f"{project}:*" for project in read),
+            "X-Container-Write": ",".join(f"{project}:*" for project in writers),
+        }
+        container.client("POST", container.path(), headers, base=container.base)
+
+    # Writing
+
+    def create(self, image_id: str, hints: Hints, /) -> Upload:
+        """Mark the upload, unless it is known to be one block."""
+        return self._create(image_id, hints, marked=hints.size is None or hints.size > hints.block_size)
+
+    def _create(self, image_id: str, hints: Hints, *, marked: bool) -> _Upload:
+        location = self._place(image_id)
+        container, _ = self._at(location)
+        container.make = {} if self._multi or self.settings.create_container else None
+        if self._multi:
+            container.make = {"X-Container-Meta-Imagestore-Token": hints.token}
+        upload = _Upload(container, location, hints, several=self._multi)
+        if marked:
+            upload.mark()
+        return upload
+
+    def copy(self, location: Location, image_id: str, hints: Hints, /) -> Location:
+        """Copy inside the server: into segments of its own, however the image is kept."""
+        source, name = self._at(location)
+        headers = source.head(name)
+        if headers is None:
+            raise NotFound("there is no such image")
+        stat = _describe(headers, name, source.size(headers))
+        piece = _COPY_PIECE if source.facts.conditional else source.facts.object_max
+        if source.url() != self._container(*self._place(image_id).key[:2]).url():
+            raise Unsupported("a copy inside the server stays inside one account")
+        if stat.size > piece and not source.facts.conditional:
+            raise Unsupported("this server copies whole objects only, and the image is longer than one may be")
+        upload = self._create(image_id, hints, marked=True)
+        try:
+            for index, start in enumerate(range(0, stat.size, piece)):
+                upload.copy(index, source.path(name), start, min(piece, stat.size - start), whole=stat.size <= piece)
+            again = source.head(name)
+            if again is None or _describe(again, name, stat.size).version != stat.version:
+                raise Changed("the image was replaced while it was copied")
+            upload.commit(stat.size)
+        except BaseException:
+            # The error that led here matters more; what stays is marked.
+            with contextlib.suppress(Exception):
+                upload.abort()
+            raise
+        return upload.location
+
+    def delete(self, location: Location, /) -> None:
+        """Remove the object, then its segments."""
+        container, name = self._at(location)
+        headers = container.head(name)
+        if headers is None:
+            raise NotFound("there is no such image")
+        token = _token_of(headers, name)
+        if _is_static(headers) and token:
+            container.mark(token, name, "delete")
+            # A listing may lack what was stored lately; the manifest lacks nothing.
+            segments = container.listed_in(name, token)
+            container.remove(name)
+            container.remove_upload(token, segments)
+        elif _is_static(headers) and not headers.get(f"{_META}Token"):
+            self._delete_foreign(container, name)
+        elif "X-Object-Manifest" in headers:
+            self._delete_dynamic(container, name, headers["X-Object-Manifest"])
+        elif not container.remove(name):
+            raise NotFound("there is no such image")
+        if self._multi:
+            container.remove_container()
+
+    def _delete_foreign(self, container: _Container, name: str) -> None:
+        """A manifest of somebody else: a copy of it is the mark, and keeps its segments known until they are gone."""
+        token = secrets.token_hex(16)
+        if container.copy_manifest(name, container.mark_name(token), token):
+            container.remove(name)
+            container.remove_manifest(container.mark_name(token))
+        else:
+            container.remove_manifest(name)
+
+    def _delete_dynamic(self, container: _Container, name: str, manifest: str) -> None:
+        target = unquote(manifest)
+        token = secrets.token_hex(16)
+        container.mark(token, name, "dynamic", target)
+        container.remove(name)
+        container.remove_dynamic(target, name)
+        container.unmark(token)
+
+    def uploads(self) -> Iterator[Leftover]:
+        """All that has a mark; with ``multi_tenant`` also containers that were made for an upload and are empty."""
+        base = self._root if self._multi else self._default_reference
+        for container in self._containers():
+            found = False
+            for token, claimed in container.marks():
+                found = True
+                leftover = container.leftover(token, base, claimed=claimed)
+                if leftover is not None:
+                    yield leftover
+            # What an account tells of its containers may be old.
+            if self._multi and container.empty and not found and next(container.entries(), None) is None:
+                made_for = container.made_for()
+                if made_for:
+                    yield Leftover(token=made_for, key=(base, container.name))
+
+    def discard(self, leftover: Leftover, /) -> None:
+        """Remove an unfinished upload or delete. See the module for how it meets a commit."""
+        base, name = leftover.key
+        container = self._container(base, name)
+        container.discard(leftover.token)
+        if self._multi:
+            container.remove_container()
+
+    def translate(self, error: Exception, /) -> StoreError | None:
+        """See the table of statuses above; requests and urllib3 fail with many kinds, which mean little else."""
+        client = require("swiftclient.exceptions", extra="swift")
+        requests = require("requests.exceptions", extra="swift")
+        urllib3 = require("urllib3.exceptions", extra="swift")
+        if isinstance(error, client.ClientException):
+            return _refused(error)
+        if isinstance(error, requests.SSLError):
+            return ConfigurationError("the server's certificate can't be verified: see the option cacert")
+        if isinstance(error, (requests.Timeout, urllib3.TimeoutError, TimeoutError)):
+            return StoreTimeout("the server stopped answering")
+        if isinstance(error, (requests.InvalidURL, requests.MissingSchema, requests.InvalidSchema)):
+            return ConfigurationError("the storage URL is no URL: see the option endpoint")
+        if isinstance(error, (requests.RequestException, urllib3.HTTPError, OSError)):
+            return Unavailable(f"the connection to the server failed: {type(error).__name__}")
+        return None
+
+
+class _Container:
+    """One container: its objects, and the marks in it.
+
+    Attributes:
+        base: the storage URL of another account than the client's; None for that.
+        make: headers to create the container with where it is missing; None: it is not created.
+        empty: it was listed as one without objects.
+    """
+
+    def __init__(
+        self, client: Client, facts: _Facts, name: str, prefix: str, base: str | None, *, own: bool = True
+    ) -> None:
+        self.client = client
+        self.facts = facts
+        self.name = name
+        self.base = base
+        self.make: dict[str, str] | None = None
+        self.empty = False
+        self._prefix = prefix
+        self._own = own
+
+    def url(self) -> str:
+        return self.base or self.client.storage_url()
+
+    def path(self, name: str | None = None) -> str:
+        if name is None:
+            return f"/{quote(self.name)}"
+        if any(part in (".", "..") for part in name.split("/")):
+            raise InvalidLocation("the name of an object has a component '.' or '..'")
+        return f"/{quote(self.name)}/{quote(name)}"
+
+    # Objects
+
+    def head(self, name: str) -> Mapping[str, str] | None:
+        missing = (404,) if self._own else (403, 404)  # who may not see others' objects is not told whether they are
+        answer = self.client("HEAD", self.path(name), base=self.base, ok=missing)
+        return None if answer.status in missing else answer.headers
+
+    def get(self, name: str, headers: Mapping[str, str]) -> Any:
+        try:
+            return self.client("GET", self.path(name), headers, base=self.base, stream=True)
+        except Exception as error:
+            status = getattr(error, "http_status", None)
+            if status == 404 or (status == 403 and not self._own):
+                raise NotFound("there is no such image") from error
+            if status == 409:
+                # For a moment it is so when it is being deleted.
+                raise IntegrityError("segments of the image are missing or were changed", temporary=True) from error
+            raise
+
+    def size(self, headers: Mapping[str, str]) -> int:
+        """The length that an answer tells; Swift tells none of a dynamic large object with many segments."""
+        if "Content-Length" in headers:
+            return int(headers["Content-Length"])
+        container, _, prefix = unquote(headers.get("X-Object-Manifest", "")).partition("/")
+        if not prefix:
+            raise StoreError("the server does not tell the length of the image")
+        pages = _pages(self.client, f"/{quote(container)}", prefix=prefix, base=self.base)
+        return sum(int(entry.get("bytes", 0)) for entry in pages)
+
+    def put(
+        self, name: str, data: bytes, headers: Mapping[str, str], query: str = "", *, ok: tuple[int, ...] = ()
+    ) -> Any:
+        """Store an object. A missing container is made, or named in the error."""
+        path = self.path(name) + query
+        answer = self.client("PUT", path, headers, data, base=self.base, ok=(404, *ok))
+        if answer.status == 404 and not query:
+            if self.make is None:
+                raise _no_container(self.name)
+            self.client("PUT", self.path(), self.make, base=self.base)
+            # Another adder of the same id may just have removed it, which a later attempt will not meet again.
+            answer = self.client("PUT", path, headers, data, base=self.base, ok=(404, *ok))
+            if answer.status == 404:
+                raise Unavailable(f"the container {self.name} was removed by somebody else")
+        return answer
+
+    def remove(self, name: str, query: str = "") -> bool:
+        """False if it was not there."""
+        return self.client("DELETE", self.path(name) + query, base=self.base, ok=(404,)).status != 404
+
+    def entries(self, prefix: str = "", delimiter: str = "") -> Iterator[dict[str, Any]]:
+        """A listing; nothing of a container that is not there."""
+        return _pages(self.client, self.path(), prefix=prefix, delimiter=delimiter, base=self.base)
+
+    def remove_all(self, names: Sequence[str], container: str | None = None) -> None:
+        """Delete many objects of this or another container; what is not there is deleted already."""
+        where = container or self.name
+        if not self.facts.bulk_delete:
+            for name in names:
+                _Container(self.client, self.facts, where, self._prefix, self.base).remove(name)
+            return
+        headers = {"Content-Type": "text/plain", "Accept": "application/json"}
+        for start in range(0, len(names), _BULK):
+            part = names[start : start + _BULK]
+            body = "".join(f"{quote(f'/{where}/{name}')}\n" for name in part).encode()
+            # The status says nothing: it is sent before the work begins.
+            _judge(self.client("POST", "?bulk-delete", headers, body, base=self.base).body)
+
+    def remove_manifest(self, name: str) -> None:
+        """Let the server delete a manifest with all that it lists: the segments first, the name last."""
+        path = f"{self.path(name)}?multipart-manifest=delete"
+        _judge(self.client("DELETE", path, {"Accept": "application/json"}, base=self.base, ok=(404,)).body)
+
+    def copy_manifest(self, name: str, to: str, token: str) -> bool:
+        """Store a manifest under a second name. False where the server does not show it."""
+        query = "?multipart-manifest=get&format=raw"
+        answer = self.client("GET", self.path(name) + query, base=self.base)
+        if not answer.body.startswith(b"["):
+            return False
+        headers = {f"{_META}Token": token, f"{_META}Id": name, f"{_META}Kind": "foreign"}
+        copied = self.client(
+            "PUT", f"{self.path(to)}?multipart-manifest=put", headers, answer.body, base=self.base, ok=(400, 413)
+        )
+        return bool(copied.status < 300)
+
+    def listed_in(self, name: str, token: str) -> set[str]:
+        """The segments of an upload that a manifest lists; none where the server does not show it."""
+        query = "?multipart-manifest=get&format=raw"
+        answer = self.client("GET", self.path(name) + query, base=self.base, ok=(404,))
+        found: set[str] = set()
+        with contextlib.suppress(ValueError):
+            told = json.loads(answer.body) if answer.status == 200 else []
+            paths = [str(entry.get("path", "")) for entry in told]
+            found.update(path.removeprefix(f"/{self.name}/") for path in paths)
+        found = {each for each in found if each.startswith(self.segment(token, ""))}
+        for each in [each for each in found if each.startswith(self.segment(token, _NESTED))]:
+            found |= self.listed_in(each, token)
+        return found
+
+    def remove_dynamic(self, target: str, image_id: str) -> None:
+        """Delete the segments of a dynamic large object, as far as they can be nobody else's.
+
+        That is what Glance puts beside an image, ``<id>-00001``, and what swift's own command puts below the image's
+        name into this container or ``<container>_segments``.
+        """
+        container, _, prefix = target.partition("/")
+        if prefix == f"{image_id}-" and container == self.name:
+            pattern = re.compile(re.escape(prefix) + "[0-9]{5,}")
+        elif prefix.startswith(f"{image_id}/") and container in (self.name, f"{self.name}_segments"):
+            pattern = re.compile(re.escape(prefix) + ".*")
+        else:
+            return
+        pages = _pages(self.client, f"/{quote(container)}", prefix=prefix, base=self.base)
+        names = [name for entry in pages if pattern.fullmatch(name := entry.get("name", ""))]
+        self.remove_all(names, container)
+
+    def remove_container(self) -> None:
+        """If nothing is in it."""
+        with contextlib.suppress(Exception):
+            self.client("DELETE", self.path(), base=self.base, ok=(404, 409))
+
+    # Marks
+
+    def mark_name(self, token: str) -> str:
+        return f"{self._prefix}/marks/{token}"
+
+    def segment(self, token: str, name: str) -> str:
+        return f"{self._prefix}/{token}/{name}"
+
+    def mark(self, token: str, image_id: str, kind: str, body: str = "") -> None:
+        headers = {f"{_META}Token": token, f"{_META}Id": image_id, f"{_META}Kind": kind}
+        self.put(self.mark_name(token), body.encode(), headers)
+
+    def unmark(self, token: str) -> None:
+        # The claim goes first: one that stays alone is that of a discarded upload.
+        self.remove(f"{self.mark_name(token)}.claim")
+        self.remove(self.mark_name(token))
+
+    def marks(self) -> Iterator[tuple[str, bool]]:
+        """The tokens of all marks, and whether nothing but the claim is left of one."""
+        prefix = self.mark_name("")
+        last = ""
+        for entry in self.entries(prefix=prefix):
+            name = entry.get("name", "").removeprefix(prefix)
+            token = name.removesuffix(".claim")
+            if _TOKEN.fullmatch(token) and token != last:
+                last = token
+                yield token, name != token
+
+    def segments(self, token: str) -> list[dict[str, Any]]:
+        return list(self.entries(prefix=self.segment(token, "")))
+
+    def claim(self, token: str, who: str) -> None:
+        """Say that an upload shall be decided by ``who`` (commit or discard), unless somebody has said so before."""
+        name = f"{self.mark_name(token)}.claim"
+        headers = {f"{_META}Token": token, f"{_META}Claim": who}
+        if who == "discard":
+            headers["X-Delete-After"] = str(_DAY)
+        if self.facts.conditional:
+            self.put(name, b"", {**headers, "If-None-Match": "*"}, ok=(412,))
+        elif self.head(name) is None:
+            self.put(name, b"", headers)
+
+    def claimed(self, token: str) -> str:
+        """Who has it. To be asked one request after `claim`: of two claims in one moment the later one stays."""
+        headers = self.head(f"{self.mark_name(token)}.claim")
+        if headers is None:
+            raise Unavailable("the claim of the upload came and went")
+        return headers.get(f"{_META}Claim", "")
+
+    def stands(self, token: str, image_id: str) -> bool:
+        """Whether an upload's image is there."""
+        headers = self.head(image_id)
+        return headers is not None and _token_of(headers, image_id) == token
+
+    def leftover(self, token: str, base: str, *, claimed: bool) -> Leftover | None:
+        """What a mark of ours tells; None if it is no mark of ours, or nothing is left but its claim."""
+        headers = self.head(f"{self.mark_name(token)}{'.claim' if claimed else ''}")
+        if headers is None or headers.get(f"{_META}Token") != token:
+            return None
+        held = self.segments(token)
+        if claimed and not held:
+            return None
+        image_id = headers.get(f"{_META}Id", "")
+        started = _http_moment(headers.get("Last-Modified"))
+        moments = [moment for entry in held if (moment := _moment(entry))]
+        return Leftover(
+            token=token,
+            image_id=image_id if IMAGE_ID.fullmatch(image_id) else None,
+            bytes=sum(int(entry.get("bytes", 0)) for entry in held),
+            started=started,
+            last_activity=max([*moments, *([started] if started else [])], default=None),
+            key=(base, self.name),
+        )
+
+    def discard(self, token: str) -> None:
+        headers = self.head(self.mark_name(token))
+        if headers is None:
+            if self.head(f"{self.mark_name(token)}.claim") is not None:
+                self.remove_segments(token)
+            return
+        image_id, kind = headers.get(f"{_META}Id", ""), headers.get(f"{_META}Kind")
+        if headers.get(f"{_META}Token") != token or not IMAGE_ID.fullmatch(image_id):
+            return
+        if kind == "foreign":
+            self._discard_foreign(token, image_id)
+        elif kind == "dynamic":
+            target = self.client("GET", self.path(self.mark_name(token)), base=self.base).body.decode()
+            there = self.head(image_id)
+            if there is None or unquote(there.get("X-Object-Manifest", "")) != target:
+                self.remove_dynamic(target, image_id)
+            self.unmark(token)
+        elif self.stands(token, image_id):
+            self.unmark(token)
+        else:
+            self._discard_upload(token, image_id)
+
+    def _discard_upload(self, token: str, image_id: str) -> None:
+        self.claim(token, "discard")
+        stands = self.stands(token, image_id)
+        if self.claimed(token) == "discard":
+            if stands:
+                self.remove(image_id)
+            self.remove_segments(token)
+            # Not the claim: a commit that is late must find it.
+            self.remove(self.mark_name(token))
+        elif self.stands(token, image_id):
+            self.unmark(token)
+        else:
+            # Committed, and deleted since.
+            self.remove_upload(token)
+
+    def _discard_foreign(self, token: str, image_id: str) -> None:
+        """A manifest of somebody else's image whose delete was cut: the image may still stand on these segments."""
+        mark = self.mark_name(token)
+        ours, theirs = self.head(mark), self.head(image_id)
+        if ours is not None and theirs is not None and _etag(ours) == _etag(theirs):
+            self.remove(mark)
+        else:
+            self.remove_manifest(mark)
+
+    def remove_segments(self, token: str, more: Iterable[str] = ()) -> None:
+        names = {entry.get("name", "") for entry in self.segments(token)} | set(more)
+        if names:
+            self.remove_all(sorted(names))
+
+    def remove_upload(self, token: str, more: Iterable[str] = ()) -> None:
+        """Segments, claim and mark, in this order: until nothing is left, the mark is."""
+        self.remove_segments(token, more)
+        self.unmark(token)
+
+    def made_for(self) -> str | None:
+        headers = self.client("HEAD", self.path(), base=self.base, ok=(404,)).headers
+        token = headers.get("X-Container-Meta-Imagestore-Token", "")
+        return token if _TOKEN.fullmatch(token) else None
+
+
+class _Upload(Upload):
+    """An image on its way into a container."""
+
+    def __init__(self, container: _Container, location: Location, hints: Hints, *, several: bool) -> None:
+        self.location = location
+        self._container = container
+        self._image_id = location.key[2]
+        self._token = hints.token
+        self._several = several
+        self._headers = {
+            "Content-Type": "application/octet-stream",
+            f"{_META}Token": hints.token,
+            f"{_META}Id": self._image_id,
+            **_encode_metadata(hints.metadata),
+        }
+        self._marked = False
+        self._only: Block | None = None
+        self._segments: dict[int, tuple[str, int]] = {}
+        self._tried: set[str] = set()
+        self._doubtful = False
+        self._lock = threading.Lock()
+        # Keeps an abort from running while a commit does.
+        self._finishing = threading.Lock()
+        self._asked = self._published = self._committed = self._aborted = False
+
+    def mark(self) -> None:
+        self._container.mark(self._token, self._image_id, "upload")
+        self._marked = True
+
+    def write(self, block: Block, /) -> None:
+        """Put a segment. An only block waits for `commit`."""
+        if block.last and block.index == 0:
+            self._only = block
+            return
+        if not self._marked:
+            # It was to be an only block, and is not: nothing is stored yet.
+            with self._lock:
+                if not self._marked:
+                    self.mark()
+        digest = block.digest.hex() if block.digest is not None else None
+        name = self._begin_segment(block.index)
+        try:
+            answer = self._container.put(name, block.data, {"ETag": digest} if digest else {})
+        except Exception as error:
+            refused = 400 <= (getattr(error, "http_status", None) or 0) < 500
+            self._doubtful = self._doubtful or not (refused or isinstance(error, StoreError))
+            raise
+        etag = _etag(answer.headers)
+        if digest is not None and etag != digest:
+            raise DigestMismatch("the server has another digest of the segment than was sent", temporary=True)
+        self._add_segment(block.index, etag, len(block.data))
+
+    def copy(self, index: int, source: str, start: int, length: int, *, whole: bool) -> None:
+        """Let the server make a segment of a part of an object."""
+        headers = {"X-Copy-From": source, "X-Fresh-Metadata": "true"}
+        if not whole:
+            headers["Range"] = f"bytes={start}-{start + length - 1}"
+        answer = self._container.put(self._begin_segment(index), b"", headers)
+        self._add_segment(index, _etag(answer.headers), length)
+
+    def _begin_segment(self, index: int) -> str:
+        name = self._container.segment(self._token, f"{index:08d}")
+        with self._lock:
+            self._tried.add(name)
+        return name
+
+    def _add_segment(self, index: int, etag: str, length: int) -> None:
+        with self._lock:
+            self._segments[index] = (etag, length)
+
+    def commit(self, size: int, /) -> None:
+        """Put the object or the manifest, and settle it with the claim.
+
+        Raises:
+            AlreadyExists: the id is taken. NotFound: the upload was discarded, or aborted.
+        """
+        with self._finishing:
+            if self._committed:
+                return
+            if self._aborted:
+                raise NotFound("the upload was aborted")
+            if not self._published:
+                self._publish(size)
+                self._published = True
+            self._settle()
+            self._committed = True
+            # The image stands. A mark that can't be removed is a leftover like any other.
+            with contextlib.suppress(Exception):
+                self._tidy()
+
+    def _settle(self) -> None:
+        """Make sure that the image was not replaced by a rival in the same moment, nor discarded."""
+        if self._marked:
+            self._container.claim(self._token, "commit")
+        ours = self._is_published()
+        if self._marked and self._container.claimed(self._token) != "commit":
+            if ours:
+                self._container.remove(self._image_id)
+            raise NotFound("the upload was discarded before its commit")
+
+    def _tidy(self) -> None:
+        if self._marked:
+            self._container.unmark(self._token)
+            self._marked = False
+
+    def _publish(self, size: int) -> None:
+        container = self._container
+        segments = [self._segments[index] for index in sorted(self._segments)]
+        stored = sum(length for _, length in segments) + (len(self._only.data) if self._only else 0)
+        if stored != size or (segments and self._only):
+            raise SizeMismatch(f"{stored} bytes were stored of {size}")
+        headers = dict(self._headers)
+        query = ""
+        if segments:
+            query = "?multipart-manifest=put"
+            data = self._manifest(segments)
+        else:
+            data = self._only.data if self._only else b""
+            if self._only and self._only.digest is not None:
+                headers["ETag"] = self._only.digest.hex()
+        if container.facts.conditional:
+            headers["If-None-Match"] = "*"
+        elif self._is_published():
+            return
+        self._asked = True
+        answer = container.put(self._image_id, data, headers, query, ok=(400, 412))
+        if answer.status == 412 and not self._is_published():
+            raise Unavailable("an image came and went in the moment of the commit")
+        if answer.status in (400, 404):
+            self._refused(answer.body.decode("utf-8", "replace"))
+        digest = headers.get("ETag")
+        if digest and answer.status < 300 and _etag(answer.headers) != digest:
+            container.remove(self._image_id)
+            raise DigestMismatch("the server has another digest of the image than was sent", temporary=True)
+
+    def _is_published(self) -> bool:
+        """Whether the name is ours already, by an attempt whose answer was lost. Raises if it is somebody else's."""
+        headers = self._container.head(self._image_id)
+        if headers is None:
+            return False
+        if _token_of(headers, self._image_id) == self._token:
+            return True
+        raise AlreadyExists("there is an image of that id already")
+
+    def _refused(self, why: str) -> None:
+        """The server found fault with the manifest: who discards an upload takes its segments away."""
+        if self._marked and self._container.head(self._container.mark_name(self._token)) is None:
+            raise NotFound("the upload was discarded before its commit")
+        raise IntegrityError(f"the server does not accept the manifest: {why[:200]}")
+
+    def _manifest(self, segments: Sequence[tuple[str, int]]) -> bytes:
+        """The manifest of all segments; where they are too many, one of manifests."""
+        container, limit = self._container, self._container.facts.segments
+        names = [container.segment(self._token, f"{index:08d}") for index in sorted(self._segments)]
+        entries = [self._entry(name, etag, size) for name, (etag, size) in zip(names, segments, strict=True)]
+        if len(entries) <= limit:
+            return json.dumps(entries).encode()
+        above = []
+        for number, start in enumerate(range(0, len(entries), limit)):
+            part = entries[start : start + limit]
+            name = container.segment(self._token, f"{_NESTED}{number:08d}")
+            with self._lock:
+                self._tried.add(name)
+            answer = container.put(name, json.dumps(part).encode(), {}, "?multipart-manifest=put", ok=(400,))
+            if answer.status >= 300:
+                self._refused(answer.body.decode("utf-8", "replace"))
+            above.append(self._entry(name, _etag(answer.headers), sum(int(entry["size_bytes"]) for entry in part)))
+        return json.dumps(above).encode()
+
+    def _entry(self, name: str, etag: str, size: int) -> dict[str, str | int]:
+        return {"path": f"/{self._container.name}/{name}", "etag": etag, "size_bytes": size}
+
+    def abort(self) -> None:
+        """Take back segments and mark. An image that was committed, also without an answer, stays."""
+        with self._finishing:
+            self._aborted = True
+            container = self._container
+            if self._committed:
+                self._tidy()
+            elif self._marked or self._tried or self._asked:
+                # Also what another attempt of this very upload has committed stays.
+                if container.stands(self._token, self._image_id):
+                    self._tidy()
+                else:
+                    self._take_back()
+            if self._several and not self._committed:
+                container.remove_container()
+
+    def _take_back(self) -> None:
+        container = self._container
+        if self._marked:
+            container.remove_segments(self._token, self._tried)
+        if self._doubtful:
+            # A segment whose answer never came may still be on its way: the mark stays, so that it will be found.
+            return
+        if self._marked:
+            container.unmark(self._token)
+            self._marked = False
+
+
+class _Chunks:
+    """``length`` bytes of a stream; an error if it ends before."""
+
+    def __init__(self, stream: Stream, length: int) -> None:
+        self._stream = stream
+        self._left = length
+        self._lock = threading.Lock()
+        self._busy = False
+        self._closed = False
+
+    def __iter__(self) -> _Chunks:
+        return self
+
+    def __next__(self) -> bytes:
+        with self._lock:
+            if self._left == 0:
+                self._closed = True
+                self._stream.close()
+                raise StopIteration
+            if self._closed:
+                raise Cancelled("the read was closed")
+            self._busy = True
+        try:
+            data = self._stream.read(min(_CHUNK, self._left))
+            if not data:
+                raise Unavailable(f"the answer ended {self._left} bytes too early")
+            self._left -= len(data)
+            if self._left == 0:
+                # Reads the end too, so that the connection can be used again.
+                self._stream.read(1)
+            return data
+        except BaseException:
+            self._closed = True
+            raise
+        finally:
+            with self._lock:
+                self._busy = False
+                if self._closed:
+                    self._stream.close()
+
+    def close(self) -> None:
+        """Close the answer: at once, or when the read that another thread is in has returned."""
+        with self._lock:
+            self._closed = True
+            if not self._busy:
+                self._stream.close()
+
+
+def _pages(
+    client: Client, path: str, *, prefix: str = "", delimiter: str = "", base: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """The entries of a container, or with an empty path the containers of an account."""
+    marker = ""
+    while True:
+        query = f"?format=json&limit={_PAGE}&prefix={quote(prefix, safe='')}&marker={quote(marker, safe='')}"
+        if delimiter:
+            query += f"&delimiter={quote(delimiter, safe='')}"
+        answer = client("GET", path + query, base=base, ok=(404,))
+        if answer.status == 404 or not answer.body:
+            return
+        try:
+            page = json.loads(answer.body)
+        except ValueError as error:
+            raise Unavailable("the server sent a listing that can't be read") from error
+        yield from page
+        if len(page) < _PAGE:
+            return
+        marker = page[-1].get("name") or page[-1].get("subdir")
+
+
+def _judge(body: bytes) -> None:
+    """What a delete of many objects says at its end, where its status was long sent."""
+    text = body.decode("utf-8", "replace").strip()
+    errors: Any = []
+    status = ""
+    try:
+        told = json.loads(text)
+        status, errors = told.get("Response Status", ""), told.get("Errors", [])
+    except ValueError:
+        for line in text.splitlines():
+            if line.startswith("Response Status:"):
+                status = line.partition(":")[2].strip()
+    # Ceph says "400 Bad Request" where all that failed was not there.
+    bad = [error for error in errors if not str(error[1]).startswith("404")]
+    if bad:
+        number = int(str(bad[0][1])[:3]) if str(bad[0][1])[:3].isdigit() else 500
+        kind = _FAILURES.get(number, Unavailable)
+        raise kind(f"{len(bad)} objects could not be deleted: {bad[0][1]}")
+    if status.startswith("5"):
+        raise Unavailable(f"objects could not be deleted: {status}")
+
+
+def _refused(error: Any) -> StoreError:
+    """The meaning of an answer that is no success."""
+    status: int = error.http_status or 0
+    headers = error.http_response_headers or {}
+    text = re.sub(r"(?:<[^>]*>|\s)+", " ", error.http_response_content or "").strip()[:200]
+    transaction = headers.get("X-Trans-Id")
+    message = (
+        f"Swift answered {status}{f': {text}' if text else ''}{f' (transaction {transaction})' if transaction else ''}"
+    )
+    wait = _retry_after(headers.get("Retry-After"))
+    if status in (413, 503) and wait is not None:
+        return RateLimited(message, retry_after=wait)
+    kind = _FAILURES.get(status)
+    if kind is None:
+        if 300 <= status < 400:
+            return ConfigurationError(f"{message}: redirects are not followed, see the option endpoint")
+        kind = Unavailable if status >= 500 else InvalidRequest if status == 400 else StoreError
+    if kind is DigestMismatch:
+        return DigestMismatch(f"what arrived is not what was sent: {message}", temporary=True)
+    return kind(message, retry_after=wait)
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds, or a date (RFC 9110, 10.2.3)."""
+    if not text:
+        return None
+    if text.strip().isdigit():
+        return float(text)
+    moment = _http_moment(text)
+    return None if moment is None else max(0.0, moment.timestamp() - time.time())
+
+
+def _no_container(name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the container {name} does not exist: create it (openstack container create {name}), or set the option "
+        "create_container"
+    )
+
+
+def _describe(headers: Mapping[str, str], name: str, size: int) -> Stat:
+    return Stat(
+        size=size,
+        version=_etag(headers) or None,
+        token=_token_of(headers, name),
+        modified=_http_moment(headers.get("Last-Modified")),
+        metadata=_decode_metadata(headers),
+    )
+
+
+def _etag(headers: Mapping[str, str]) -> str:
+    # That of a large object stands in quotes.
+    return headers.get("Etag", "").strip('"')
+
+
+def _is_static(headers: Mapping[str, str]) -> bool:
+    return headers.get("X-Static-Large-Object", "").lower() == "true"
+
+
+def _token_of(headers: Mapping[str, str], name: str) -> str | None:
+    """The token of the upload that made an object; a copy made by others has it too, but another name."""
+    token = headers.get(f"{_META}Token", "")
+    return token if headers.get(f"{_META}Id") == name and _TOKEN.fullmatch(token) else None
+
+
+def _encode_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """As JSON, in as many headers as it needs: Swift gives names no case, and values 256 bytes each."""
+    if not metadata:
+        return {}
+    text = quote(json.dumps(dict(metadata), separators=(",", ":")), safe="{}:,[] ")
+    if len(text) > _META_TOTAL:
+        raise InvalidRequest(f"metadata takes {len(text)} bytes in Swift's headers, of which there are {_META_TOTAL}")
+    parts = [text[start : start + _META_VALUE] for start in range(0, len(text), _META_VALUE)]
+    return {f"{_META}Data-{number}": f"|{part}|" for number, part in enumerate(parts)}
+
+
+def _decode_metadata(headers: Mapping[str, str]) -> Mapping[str, str]:
+    parts: list[str] = []
+    while (part := headers.get(f"{_META}Data-{len(parts)}")) is not None:
+        parts.append(part[1:-1])
+    found = _json_object(unquote("".join(parts)))
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _json_object(text: str | bytes) -> dict[str, Any]:
+    """What a text of JSON says; nothing if it is none, or no object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _location_root(url: str) -> str:
+    """The text of a location up to the container, for an address: scheme and host in lower case."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"swift+{scheme.lower()}://{host.lower()}{slash}{path}".rstrip("/")
+
+
+def _web_scheme(scheme: str) -> str:
+    return "http" if scheme.lower() == "swift+http" else "https"
+
+
+def _without_account(url: str) -> str:
+    return url.rpartition("/")[0]
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None
+
+
+def _moment(entry: Mapping[str, Any]) -> datetime | None:
+    """When an entry of a listing was stored: ISO 8601 without a zone, which is UTC."""
+    try:
+        moment = datetime.fromisoformat(str(entry.get("last_modified", "")))
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _http_moment(text: str | None) -> datetime | None:
+    try:
+        return parsedate_to_datetime(text) if text else None
+    except ValueError:
+        return None
