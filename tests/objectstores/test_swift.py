@@ -217,7 +217,7 @@ class TestTempauth(DriverConformance):
 
 
 class KeystoneHarness(SwiftHarness):
-    """One container of a project, by password."""
+    """A project of Keystone's, by password."""
 
     def target(self) -> tuple[str, int]:
         parts = urlsplit(self.server["SWIFT_PROXY_V3"])
@@ -235,10 +235,6 @@ class KeystoneHarness(SwiftHarness):
             "container": self.container,
             "create_container": True,
         }
-
-
-class TestKeystone(DriverConformance):
-    harness = KeystoneHarness
 
 
 class AccountsHarness(KeystoneHarness):
@@ -284,7 +280,7 @@ class AccountsHarness(KeystoneHarness):
         )
 
 
-class TestAccountsFile(DriverConformance):
+class TestKeystone(DriverConformance):
     harness = AccountsHarness
 
 
