@@ -55,7 +55,7 @@ from imagestore._models import (
     Timeouts,
     Usage,
 )
-from imagestore.errors import InvalidLocation, MissingDependency, StoreError, Unavailable
+from imagestore.errors import InvalidLocation, InvalidOption, MissingDependency, StoreError, Unavailable
 
 if TYPE_CHECKING:
     from oslo_config import cfg
@@ -264,6 +264,18 @@ class Driver(ABC):
         self.store = store
         self.limits = limits or Limits()
         self.timeouts = timeouts or Timeouts()
+        self.configure()
+
+    def configure(self) -> None:  # noqa: B027 - not every driver has something to check
+        """Check ``settings`` and take from them what the driver needs, without any I/O. Nothing to do by default.
+
+        Raises `InvalidOption` (see `invalid_option`) for a value that an option can't have, and for options that don't
+        go together.
+        """
+
+    def invalid_option(self, option: str, problem: str) -> InvalidOption:
+        """The error to raise for an option; ``problem`` says what is wrong and what to do, without any secret."""
+        return InvalidOption(f"option {option}: {problem}", store=self.store or None, driver=self.name)
 
     def clone(self) -> Driver:
         """Another driver of the same configuration, not opened: the store asks for one after a fork or a close."""

@@ -39,13 +39,10 @@ from imagestore.driver import (
     Driver,
     Hints,
     Leftover,
-    Limits,
     Location,
-    Options,
     Reading,
     Stat,
     StoredImage,
-    Timeouts,
     Upload,
     Usage,
 )
@@ -56,7 +53,6 @@ from imagestore.errors import (
     ConfigurationError,
     InUse,
     InvalidLocation,
-    InvalidOption,
     InvalidRequest,
     NotFound,
     PermissionDenied,
@@ -222,21 +218,8 @@ class FilesystemDriver(Driver):
         ),
     )
 
-    def __init__(
-        self,
-        settings: Options,
-        /,
-        *,
-        store: str = "",
-        limits: Limits | None = None,
-        timeouts: Timeouts | None = None,
-    ) -> None:
-        """Check the options.
-
-        Raises:
-            InvalidOption: an option is missing or has a value that it can't have; the message names it.
-        """
-        super().__init__(settings, store=store, limits=limits, timeouts=timeouts)
+    def configure(self) -> None:
+        settings = self.settings
         self._directories = self._read_directories()
         self._own = {directory.path: directory for directory in self._directories}
         accepted = [self._check_path("accept_locations", path) for path in settings.accept_locations or ()]
@@ -248,19 +231,16 @@ class FilesystemDriver(Driver):
         self._claims = False
         self._probing = threading.Lock()
 
-    def _invalid(self, option: str, problem: str) -> InvalidOption:
-        return InvalidOption(f"option {option}: {problem}", store=self.store or None, driver=self.name)
-
     def _check_path(self, option: str, path: str) -> str:
         """``path`` without superfluous slashes."""
         parts = path.split("/")
         if parts[0] or ".." in parts:
-            raise self._invalid(option, f"{path!r} is not an absolute path without '..'")
+            raise self.invalid_option(option, f"{path!r} is not an absolute path without '..'")
         if _UNPRINTABLE.search(path) or not _encodable(path):
-            raise self._invalid(option, f"{path!r} has characters that a location can't have")
+            raise self.invalid_option(option, f"{path!r} has characters that a location can't have")
         names = [part for part in parts if part not in ("", ".")]
         if not names:
-            raise self._invalid(option, "the root directory can't be a store")
+            raise self.invalid_option(option, "the root directory can't be a store")
         return "/" + "/".join(names)
 
     def _read_directories(self) -> list[_Directory]:
@@ -268,21 +248,23 @@ class FilesystemDriver(Driver):
         single: str | None = self.settings.datadir
         several: list[str] = [entry for entry in self.settings.datadirs or () if entry]
         if single and several:
-            raise self._invalid("datadirs", "can't be set together with datadir")
+            raise self.invalid_option("datadirs", "can't be set together with datadir")
         if single:
             return [_Directory("datadir", self._check_path("datadir", single), 0)]
         if not several:
-            raise self._invalid("datadir", "not set, and neither is datadirs: one of them must name a directory")
+            raise self.invalid_option("datadir", "not set, and neither is datadirs: one of them must name a directory")
         directories: dict[str, _Directory] = {}
         for entry in several:
             text, colon, priority = entry.rpartition(":")
             if not colon:
                 text, priority = entry, "0"
             if not re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", priority):
-                raise self._invalid("datadirs", f"the priority in {entry!r} is not an integer (use 'path:priority')")
+                raise self.invalid_option(
+                    "datadirs", f"the priority in {entry!r} is not an integer (use 'path:priority')"
+                )
             path = self._check_path("datadirs", text.strip())
             if path in directories:
-                raise self._invalid("datadirs", f"{path} is given twice")
+                raise self.invalid_option("datadirs", f"{path} is given twice")
             directories[path] = _Directory("datadirs", path, int(priority))
         return sorted(directories.values(), key=lambda directory: -directory.priority)
 
@@ -290,11 +272,13 @@ class FilesystemDriver(Driver):
         if not text:
             return _DEFAULT_MODE
         if not re.fullmatch(r"0*[0-7]{1,3}", text):
-            raise self._invalid("file_mode", f"{text!r} is not an octal mode such as 0640")
+            raise self.invalid_option("file_mode", f"{text!r} is not an octal mode such as 0640")
         mode = int(text, 8) or _DEFAULT_MODE
         owner = mode >> 6
         if not owner & 4 or (mode >> 3 | mode) & 7 & ~owner:
-            raise self._invalid("file_mode", f"{text!r} gives the owner no read access, or less than group or others")
+            raise self.invalid_option(
+                "file_mode", f"{text!r} gives the owner no read access, or less than group or others"
+            )
         return mode
 
     def open(self) -> None:
@@ -338,7 +322,7 @@ class FilesystemDriver(Driver):
         status = os.fstat(directory.fd)
         for other in self._directories:
             if other is not directory and other.fd >= 0 and os.path.samestat(os.fstat(other.fd), status):
-                raise self._invalid(directory.option, f"{other.path} and {directory.path} are the same directory")
+                raise self.invalid_option(directory.option, f"{other.path} and {directory.path} are the same directory")
 
     def _probe(self, directory: _Directory) -> None:
         with self._probing:

@@ -36,12 +36,9 @@ from oslo_config import cfg
 from imagestore.driver import (
     Capabilities,
     Driver,
-    Limits,
     Location,
-    Options,
     Reading,
     Stat,
-    Timeouts,
     require,
 )
 from imagestore.drivers._http_guard import Guard, Rule, Target, parse_rule, parse_target
@@ -50,7 +47,6 @@ from imagestore.errors import (
     Changed,
     ConfigurationError,
     InvalidLocation,
-    InvalidOption,
     InvalidRequest,
     NotFound,
     PermissionDenied,
@@ -147,32 +143,16 @@ class HttpDriver(Driver):
         cfg.StrOpt("user_agent", default="imagestore", help="What the store calls itself when it asks a server."),
     )
 
-    def __init__(
-        self,
-        settings: Options,
-        /,
-        *,
-        store: str = "",
-        limits: Limits | None = None,
-        timeouts: Timeouts | None = None,
-    ) -> None:
-        """Check the options.
-
-        Raises:
-            InvalidOption: an option has a value that it can't have; the message names it, and no secret.
-        """
-        super().__init__(settings, store=store, limits=limits, timeouts=timeouts)
+    def configure(self) -> None:
+        settings = self.settings
         self._proxies = self._read_proxies(settings.proxies or {})
         self._guard = Guard(self._read_rules("hosts"), self._read_rules("allow"), self._proxies)
         self._authorization = dict(self._read_credentials(entry) for entry in settings.credentials or () if entry)
         agent: str = settings.user_agent or "imagestore"
         if not agent.isascii() or not agent.isprintable():
-            raise self._invalid("user_agent", "it may only have printable ASCII characters")
+            raise self.invalid_option("user_agent", "it may only have printable ASCII characters")
         self._headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": agent}
         self._transport: Any = None
-
-    def _invalid(self, option: str, problem: str) -> InvalidOption:
-        return InvalidOption(f"option {option}: {problem}", store=self.store or None, driver=self.name)
 
     def _read_rules(self, option: str) -> list[Rule]:
         rules = []
@@ -180,7 +160,7 @@ class HttpDriver(Driver):
             try:
                 rules.append(parse_rule(entry))
             except ValueError as error:
-                raise self._invalid(option, f"{entry!r} {error}") from None
+                raise self.invalid_option(option, f"{entry!r} {error}") from None
         return rules
 
     def _read_proxies(self, pairs: Mapping[str, str]) -> dict[str, str]:
@@ -188,7 +168,9 @@ class HttpDriver(Driver):
         for scheme, proxy in pairs.items():
             url = proxy if "://" in proxy else f"http://{proxy}"
             if scheme.lower() not in self.schemes or not _PROXY.fullmatch(url):
-                raise self._invalid("proxies", "an entry is not http: or https: and then host:port or a URL of a proxy")
+                raise self.invalid_option(
+                    "proxies", "an entry is not http: or https: and then host:port or a URL of a proxy"
+                )
             proxies[scheme.lower()] = url
         return proxies
 
@@ -197,13 +179,13 @@ class HttpDriver(Driver):
         server, equals, secret = entry.partition("=")
         user, colon, _ = secret.partition(":")
         if not equals or not user or not colon or "@" in server:
-            raise self._invalid("credentials", "an entry is not of the form server=user:password")
+            raise self.invalid_option("credentials", "an entry is not of the form server=user:password")
         try:
             target = parse_target(server.strip() if "://" in server else f"https://{server.strip()}")
         except InvalidLocation as error:
-            raise self._invalid("credentials", f"an entry names no server: {error.message}") from None
+            raise self.invalid_option("credentials", f"an entry names no server: {error.message}") from None
         if target.path != "/":
-            raise self._invalid("credentials", f"the entry for {target.origin} has a path, which has no meaning")
+            raise self.invalid_option("credentials", f"the entry for {target.origin} has a path, which has no meaning")
         return target.origin, "Basic " + base64.b64encode(secret.encode()).decode()
 
     def open(self) -> None:

@@ -45,13 +45,10 @@ from imagestore.driver import (
     Driver,
     Hints,
     Leftover,
-    Limits,
     Location,
-    Options,
     Reading,
     Stat,
     StoredImage,
-    Timeouts,
     Upload,
     require,
 )
@@ -63,7 +60,6 @@ from imagestore.errors import (
     DigestMismatch,
     IntegrityError,
     InvalidLocation,
-    InvalidOption,
     InvalidRequest,
     LimitExceeded,
     NotFound,
@@ -292,26 +288,13 @@ class S3Driver(Driver):
         ),
     )
 
-    def __init__(
-        self,
-        settings: Options,
-        /,
-        *,
-        store: str = "",
-        limits: Limits | None = None,
-        timeouts: Timeouts | None = None,
-    ) -> None:
-        """Check the options.
-
-        Raises:
-            InvalidOption: an option is missing or has a value that it can't have; the message names it.
-        """
-        super().__init__(settings, store=store, limits=limits, timeouts=timeouts)
+    def configure(self) -> None:
+        settings = self.settings
         self._endpoint, scheme, host = self._read_endpoint(settings.endpoint)
         self._bucket = self._match("bucket", settings.bucket or "", _BUCKET)
         self._prefix = self._match("prefix", settings.prefix or "", _PREFIX)
         if len(self._prefix) > 512:
-            raise self._invalid("prefix", "is longer than 512 characters")
+            raise self.invalid_option("prefix", "is longer than 512 characters")
         self._root = _Root(scheme, host, self._bucket, self._prefix)
         roots = [self._root, *(self._read_root(uri) for uri in settings.accept_locations or ())]
         if self._endpoint is None and settings.region:
@@ -319,7 +302,7 @@ class S3Driver(Driver):
         # The longest first, so that a prefix within another is found before it; ours before one of the same text.
         self._roots = sorted(roots, key=lambda root: -len(root.text))
         if bool(settings.access_key) != bool(settings.secret_key):
-            raise self._invalid("secret_key", "must be set together with access_key")
+            raise self.invalid_option("secret_key", "must be set together with access_key")
         self._customer = self._read_customer_key()
         self._encryption = self._read_encryption()
         self._own = f"{self._prefix}.imagestore/"
@@ -330,12 +313,9 @@ class S3Driver(Driver):
 
     # Options
 
-    def _invalid(self, option: str, problem: str) -> InvalidOption:
-        return InvalidOption(f"option {option}: {problem}", store=self.store or None, driver=self.name)
-
     def _match(self, option: str, value: str, pattern: re.Pattern[str]) -> str:
         if not pattern.fullmatch(value):
-            raise self._invalid(option, f"{value!r} is missing, or not what it can be" if value else "not set")
+            raise self.invalid_option(option, f"{value!r} is missing, or not what it can be" if value else "not set")
         return value
 
     def _read_endpoint(self, text: str | None) -> tuple[str | None, str, str]:
@@ -345,9 +325,9 @@ class S3Driver(Driver):
         url = text if "://" in text else f"https://{text}"
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not _HOST.fullmatch(parts.netloc):
-            raise self._invalid("endpoint", "is not a URL such as https://s3.example.com")
+            raise self.invalid_option("endpoint", "is not a URL such as https://s3.example.com")
         if parts.query or parts.fragment or ".." in parts.path or "//" in parts.path:
-            raise self._invalid("endpoint", "has a query, a fragment or an odd path")
+            raise self.invalid_option("endpoint", "has a query, a fragment or an odd path")
         scheme = "s3+https" if parts.scheme == "https" else "s3"
         return url, scheme, _host(parts.scheme, parts.netloc) + parts.path.rstrip("/")
 
@@ -356,9 +336,9 @@ class S3Driver(Driver):
         host, _, path = rest.partition("/")
         bucket, _, prefix = path.partition("/")
         if not separator or scheme.lower() not in self.schemes or not _HOST.fullmatch(host):
-            raise self._invalid("accept_locations", "an entry is not of the form s3://host/bucket")
+            raise self.invalid_option("accept_locations", "an entry is not of the form s3://host/bucket")
         if not _BUCKET.fullmatch(bucket) or not _PREFIX.fullmatch(prefix):
-            raise self._invalid("accept_locations", f"a bucket or prefix can't be {path!r}")
+            raise self.invalid_option("accept_locations", f"a bucket or prefix can't be {path!r}")
         return _Root(scheme.lower(), _host(scheme.lower(), host), bucket, prefix)
 
     def _read_customer_key(self) -> dict[str, Any]:
@@ -369,7 +349,7 @@ class S3Driver(Driver):
         except (binascii.Error, ValueError):
             key = b""
         if len(key) != 32:
-            raise self._invalid("customer_key", "must be 32 bytes in base64")
+            raise self.invalid_option("customer_key", "must be 32 bytes in base64")
         return {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": key}
 
     def _read_encryption(self) -> dict[str, Any]:

@@ -53,13 +53,10 @@ from imagestore.driver import (
     Driver,
     Hints,
     Leftover,
-    Limits,
     Location,
-    Options,
     Reading,
     Stat,
     StoredImage,
-    Timeouts,
     Upload,
     Usage,
     require,
@@ -272,21 +269,8 @@ class SwiftDriver(Driver):
         ),
     )
 
-    def __init__(
-        self,
-        settings: Options,
-        /,
-        *,
-        store: str = "",
-        limits: Limits | None = None,
-        timeouts: Timeouts | None = None,
-    ) -> None:
-        """Check the options.
-
-        Raises:
-            InvalidOption: an option is missing or has a value that it can't have; the message names it.
-        """
-        super().__init__(settings, store=store, limits=limits, timeouts=timeouts)
+    def configure(self) -> None:
+        settings = self.settings
         self._multi: bool = settings.multi_tenant
         self._base: str = settings.container
         self._prefix: str = settings.prefix
@@ -294,9 +278,11 @@ class SwiftDriver(Driver):
         # Swift's names have 256 bytes, and where there are many containers the image id may be in them.
         longest = 55 if self._multi or self._seed else 256
         if not _CONTAINER.fullmatch(self._base) or self._base in (".", "..") or len(self._base.encode()) > longest:
-            raise self._invalid("container", f"it has 1 to {longest} characters without blanks and without / ? # % @")
+            raise self.invalid_option(
+                "container", f"it has 1 to {longest} characters without blanks and without / ? # % @"
+            )
         if not _PREFIX.fullmatch(self._prefix) or ".." in self._prefix:
-            raise self._invalid("prefix", "a dot, and then letters, digits, dots, dashes and underscores")
+            raise self.invalid_option("prefix", "a dot, and then letters, digits, dots, dashes and underscores")
         self._where = Where(
             service_type=settings.service_type,
             endpoint_type=settings.endpoint_type,
@@ -308,16 +294,13 @@ class SwiftDriver(Driver):
         self._accepted = [self._read_accepted(text) for text in settings.accept_locations or ()]
         self._bound: Client | None = None
 
-    def _invalid(self, option: str, problem: str) -> InvalidOption:
-        return InvalidOption(f"option {option}: {problem}", store=self.store or None, driver=self.name)
-
     def _check_url(self, option: str, text: str | None) -> str | None:
         if not text:
             return None
         url = absolute(text)
         scheme, _, rest = url.partition("://")
         if scheme not in ("http", "https") or not _ADDRESS.fullmatch(rest):
-            raise self._invalid(option, "not an http:// or https:// URL without credentials and query")
+            raise self.invalid_option(option, "not an http:// or https:// URL without credentials and query")
         return url
 
     def _read_credentials(self) -> Credentials | None:
@@ -325,13 +308,13 @@ class SwiftDriver(Driver):
         settings = self.settings
         if self._multi:
             if settings.accounts_file or self._seed:
-                raise self._invalid("multi_tenant", "can't be set together with accounts_file or containers_seed")
+                raise self.invalid_option("multi_tenant", "can't be set together with accounts_file or containers_seed")
             return None
         if settings.accounts_file:
             if settings.auth_url:
-                raise self._invalid("accounts_file", "can't be set together with auth_url")
+                raise self.invalid_option("accounts_file", "can't be set together with auth_url")
             if not _REFERENCE.fullmatch(settings.reference or ""):
-                raise self._invalid("reference", "the name of a section, without blanks and without / ? # % @ :")
+                raise self.invalid_option("reference", "the name of a section, without blanks and without / ? # % @ :")
             return None
         credentials = Credentials(
             auth_url=self._check_url("auth_url", settings.auth_url) or "",
@@ -362,12 +345,12 @@ class SwiftDriver(Driver):
         root, slash, container = text.strip().rpartition("/")
         scheme, separator, rest = root.partition("://")
         if self._multi:
-            raise self._invalid("accept_locations", "has no meaning with multi_tenant")
+            raise self.invalid_option("accept_locations", "has no meaning with multi_tenant")
         if not slash or not separator or scheme.lower() not in self.schemes or not _ADDRESS.fullmatch(rest):
-            raise self._invalid("accept_locations", "each is swift+https://address/container without credentials")
+            raise self.invalid_option("accept_locations", "each is swift+https://address/container without credentials")
         name = container.removesuffix("*")
         if "*" in name or not _CONTAINER.fullmatch(name or "x"):
-            raise self._invalid("accept_locations", "a container has no blanks, and a star only at its end")
+            raise self.invalid_option("accept_locations", "a container has no blanks, and a star only at its end")
         if scheme.lower() == "swift+config":
             return f"swift+config://{rest}", rest, container
         return _location_root(f"{_web_scheme(scheme)}://{rest}"), self._default_reference, container
@@ -409,7 +392,9 @@ class SwiftDriver(Driver):
             return {"": self._credentials}
         accounts = read_accounts(self.settings.accounts_file)
         if self.settings.reference not in accounts:
-            raise self._invalid("reference", f"there is no section [{self.settings.reference}] in the accounts file")
+            raise self.invalid_option(
+                "reference", f"there is no section [{self.settings.reference}] in the accounts file"
+            )
         return accounts
 
     def _look_for_container(self, client: Client) -> None:

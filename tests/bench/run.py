@@ -541,7 +541,7 @@ def main() -> None:
         "--calm",
         action="store_true",
         help="on a shared machine: wait for quiet before each measurement, and repeat one, up to three times, if "
-        f"other processes used more than {DISTURBED:.0%} of the CPUs meanwhile",
+        f"other processes used more than {DISTURBED:.0%}% of the CPUs meanwhile",
     )
     parser.add_argument("--tree", default=ROOT, help="a directory with another imagestore in it, to compare versions")
     parser.add_argument("--json", metavar="FILE", help="write every single measurement there")
