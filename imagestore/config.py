@@ -38,6 +38,7 @@ from typing import Any, Final
 
 from oslo_config import cfg, iniparser, types
 
+from imagestore._config_files import CONFIG_FILES, CONFIG_VARIABLE, default_config_files
 from imagestore._models import Limits, Observer, Retry, Timeouts
 from imagestore._options import OLD_OPTIONS, OldOption, old_options
 from imagestore._pool import Engine
@@ -235,8 +236,8 @@ def load_stores(
 
     Args:
         config_files: files, or directories whose ``*.conf`` are read in order of their names; later ones win. None
-            at all: ``imagestore.conf`` where services keep their configuration (``~/.imagestore``, ``~``,
-            ``/etc/imagestore``, ``/etc``).
+            at all: those that the environment variable ``IMAGESTORE_CONFIG`` names (with colons between them), or
+            the first of ``~/.config/imagestore/imagestore.conf`` and ``/etc/imagestore/imagestore.conf``.
         conf: in place of files, the `ConfigOpts` of a host that has parsed its own. Our options are registered in
             it; oslo.config's global object is never touched unless it is given here.
         limits: in place of what ``[imagestore]`` says.
@@ -318,10 +319,11 @@ def open_store(
 def check(config_files: Iterable[str | os.PathLike[str]] = ()) -> list[Problem]:
     """Every fault of configuration files, in the order of the files' stores; an empty list is a good configuration.
 
-    Takes what `load_stores` takes, and connects to nothing.
+    Takes what `load_stores` takes, and connects to nothing. As there, old options that do nothing any more are no
+    faults; they are told in the log.
     """
     problems: list[Problem] = []
-    _plan(tuple(config_files), None, problems)
+    _say(_plan(tuple(config_files), None, problems).notes)
     return list(dict.fromkeys(problems))
 
 
@@ -735,10 +737,12 @@ def _opened(
 ) -> tuple[_Files, cfg.ConfigOpts]:
     if conf is not None:
         return _Files(_host_files(conf), problems), conf
-    paths = config_files or tuple(cfg.find_config_files("imagestore"))
+    paths = config_files or default_config_files()
     files = _Files(paths, problems)
     if not files.paths and not problems:
-        problems.append(Problem(message="there is no configuration file", error=ConfigurationError))
+        places = " or ".join(CONFIG_FILES)
+        text = f"there is no configuration file: name one, or set {CONFIG_VARIABLE}, or write {places}"
+        problems.append(Problem(message=text, error=ConfigurationError))
     conf = cfg.ConfigOpts()
     try:
         conf(args=[], project="imagestore", default_config_files=files.paths, default_config_dirs=[])

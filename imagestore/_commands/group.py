@@ -13,7 +13,8 @@ import click
 
 from imagestore._commands.completion import complete_file, complete_store
 from imagestore._commands.output import complain, finish
-from imagestore._commands.session import CLOSED, CONFIG_FILES, CONFIG_VARIABLE, EXIT_CODES, Session
+from imagestore._commands.session import CLOSED, CONFIG_FILES, EXIT_CODES, Session
+from imagestore._config_files import CONFIG_VARIABLE
 from imagestore.errors import redact
 
 __all__ = ["cli", "command", "setting"]

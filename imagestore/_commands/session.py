@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import signal
 import sys
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from imagestore import errors
+from imagestore import _config_files, errors
 from imagestore._commands.output import SIZES, cell, complain, field, print_fields, safe, to_json
 from imagestore._demo import human
 from imagestore._models import Location, Progress
@@ -21,7 +20,7 @@ from imagestore._store import Store
 from imagestore._stores import Stores
 from imagestore.errors import redact
 
-__all__ = ["CLOSED", "CONFIG_FILES", "CONFIG_VARIABLE", "EXIT_CODES", "PROGRESS", "Session"]
+__all__ = ["CLOSED", "CONFIG_FILES", "EXIT_CODES", "PROGRESS", "Session"]
 
 EXIT_CODES: Final[tuple[tuple[int, str, tuple[type[errors.StoreError], ...]], ...]] = (
     (2, "the command, an id or a location is wrong, or the store can't do that", (errors.InvalidRequest,)),
@@ -49,12 +48,8 @@ EXIT_CODES: Final[tuple[tuple[int, str, tuple[type[errors.StoreError], ...]], ..
 CLOSED: Final = 128 + signal.SIGPIPE
 """The exit code when nobody reads our output any more."""
 
-CONFIG_FILES: Final = (
-    "imagestore.conf",
-    "~/.config/imagestore/imagestore.conf",
-    "/etc/imagestore/imagestore.conf",
-)
-CONFIG_VARIABLE: Final = "IMAGESTORE_CONFIG"
+CONFIG_FILES: Final = ("imagestore.conf", *_config_files.CONFIG_FILES)
+"""A person who is in a directory with a configuration means that one; a service never does."""
 
 PROGRESS: Final = ("auto", "plain", "none")
 EVERY: Final = 5.0
@@ -90,13 +85,10 @@ class Session:
         """The configuration files: those of the options, of the environment, or the first that is found."""
         if self.config:
             return self.config
-        if given := tuple(path for path in os.environ.get(CONFIG_VARIABLE, "").split(os.pathsep) if path):
-            return given
-        for path in CONFIG_FILES:
-            if os.path.exists(found := os.path.expanduser(path)):
-                return (found,)
+        if found := _config_files.default_config_files(CONFIG_FILES):
+            return found
         raise errors.ConfigurationError(
-            f"no configuration: name it with --config or {CONFIG_VARIABLE}, or write one of "
+            f"no configuration: name it with --config or {_config_files.CONFIG_VARIABLE}, or write one of "
             f"{', '.join(CONFIG_FILES)} ('imagestore demo' needs none)"
         )
 

@@ -15,7 +15,7 @@ ROOT = Path(imagestore.__file__).parent
 
 # A module imports only what stands in a line above its own.
 ORDER = (
-    ("errors", "_options"),
+    ("_config_files", "_options", "errors"),
     ("formats",),
     ("_models",),
     ("driver",),
