@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         DriverNotFound,
         FormatError,
         FormatMismatch,
+        IllegalTransition,
         IntegrityError,
         InUse,
         InvalidImageId,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         MissingDependency,
         NotFound,
         PermissionDenied,
+        Protected,
         RateLimited,
         SignatureMismatch,
         SizeMismatch,
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
         Unavailable,
         UnsafeImage,
         Unsupported,
+        WrongStatus,
     )
 
     __version__: str
@@ -93,6 +96,7 @@ __all__ = [
     "Event",
     "FormatError",
     "FormatMismatch",
+    "IllegalTransition",
     "ImageReader",
     "InUse",
     "IntegrityError",
@@ -109,6 +113,7 @@ __all__ = [
     "Observer",
     "PermissionDenied",
     "Progress",
+    "Protected",
     "RateLimited",
     "Retried",
     "Retry",
@@ -132,6 +137,7 @@ __all__ = [
     "Usage",
     "Verifier",
     "VerifyResult",
+    "WrongStatus",
     "__version__",
     "load_stores",
     "open_store",

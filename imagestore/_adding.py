@@ -6,17 +6,18 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import re
 import secrets
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from imagestore._connection import Connection
 from imagestore._digest import Digests, check_expected
-from imagestore._models import AddResult, Progress, Stat, Verifier
+from imagestore._models import AddResult, Location, Progress, Stat, Verifier
 from imagestore._pool import Engine, Share
 from imagestore._record import Record, quiet
 from imagestore._retry import Backoff
@@ -32,6 +33,7 @@ __all__ = ["Adding", "Outcome", "Request", "add", "check_metadata", "request"]
 
 _log = logging.getLogger("imagestore")
 
+_TOKEN: Final = re.compile(r"[0-9a-f]{32}")
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
 
 
@@ -51,6 +53,7 @@ class Request:
     metadata: Mapping[str, str]
     progress: Progress | None
     cancel: threading.Event | None
+    begun: Callable[[Location], object] | None
 
 
 def request(
@@ -68,6 +71,7 @@ def request(
     progress: Progress | None,
     cancel: threading.Event | None,
     block_size: int | None,
+    begun: Callable[[Location], object] | None = None,
 ) -> Request:
     """Check the arguments of an add to backends of these capabilities. Raises `InvalidRequest` or what it says."""
     names, wanted = check_expected(digests, expected)
@@ -93,7 +97,17 @@ def request(
         metadata=check_metadata(metadata),
         progress=quiet(progress),
         cancel=cancel,
+        begun=begun,
     )
+
+
+def check_token(token: str | None) -> str:
+    """A fresh token for an upload, or the one that the caller gives. Raises `InvalidRequest`."""
+    if token is None:
+        return secrets.token_hex(16)
+    if not isinstance(cast("object", token), str) or not _TOKEN.fullmatch(token):
+        raise InvalidRequest("a token has 32 lower-case hexadecimal digits")
+    return token
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -138,6 +152,9 @@ def add(addings: Sequence[Adding], request: Request) -> Outcome:
                 begun.append(adding)
         if not begun:
             raise failed[addings[0]]
+        if request.begun is not None:
+            for adding in begun:
+                request.begun(adding.upload.location)
         transfer = Transfer(
             source=request.source,
             targets=[adding.target for adding in begun],
@@ -199,10 +216,12 @@ class Adding:
     upload: Upload
     target: Target
 
-    def __init__(self, connection: Connection, image_id: str, record: Record, *, abort_within: float) -> None:
+    def __init__(
+        self, connection: Connection, image_id: str, record: Record, *, abort_within: float, token: str | None = None
+    ) -> None:
         self._connection = connection
         self._image_id = image_id
-        self._token = secrets.token_hex(16)
+        self._token = check_token(token)
         self._abort_within = abort_within
         self._record = record
 

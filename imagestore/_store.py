@@ -215,6 +215,8 @@ class Store:
         progress: Progress | None = None,
         observer: Observer | None = None,
         cancel: threading.Event | None = None,
+        token: str | None = None,
+        begun: Callable[[Location], object] | None = None,
     ) -> AddResult:
         """Store an image, whole or not at all.
 
@@ -236,6 +238,10 @@ class Store:
             progress: called with (bytes stored, size or None) as blocks are stored.
             observer: takes the events of this call, beside the store's own.
             cancel: set it, from any thread, to break off.
+            token: what will mark this upload (`Stat.token`, `Leftover.token`), for a caller who writes it down first:
+                32 lower-case hexadecimal digits, never used before. None: a fresh one.
+            begun: called once the id was found free and the upload is marked, before the source is read, with the
+                location that the image will have. What it raises ends the add, and is raised as it is.
 
         Raises:
             AlreadyExists: the id is taken; what is there was not touched.
@@ -249,7 +255,7 @@ class Store:
         After any of these nothing can be read under the id, but what another call stored. What could not be
         cleaned up is in `uploads`.
         """
-        adding = self._adding(image_id, observer)
+        adding = self._adding(image_id, observer, token)
         with self._slot(cancel), self._context("add", image_id), contextlib.closing(open_source(source)) as data:
             what = request(
                 data,
@@ -265,6 +271,7 @@ class Store:
                 progress=progress,
                 cancel=cancel,
                 block_size=self._block_size,
+                begun=begun,
             )
             return add([adding], what).stands[adding]
 
@@ -554,12 +561,19 @@ class Store:
         with self._context(operation):
             return check_expected(digests, expected)
 
-    def _adding(self, image_id: str, observer: Observer | None) -> Adding:
+    def _adding(self, image_id: str, observer: Observer | None, token: str | None = None) -> Adding:
         """This store's part of an add. Raises for ids that it can't keep, and where it can't add at all."""
         connection = self._open(authorised=True)
         self._check_id(connection, image_id)
         self._require("create")
-        return Adding(connection, image_id, self._record("add", image_id, observer), abort_within=self._timeouts.abort)
+        with self._context("add", image_id):
+            return Adding(
+                connection,
+                image_id,
+                self._record("add", image_id, observer),
+                abort_within=self._timeouts.abort,
+                token=token,
+            )
 
     def _inspector(
         self, disk_format: str | None, container_format: str | None, policy: Policy | None

@@ -10,7 +10,10 @@
     ├─ InvalidRequest               the call is wrong
     │  ├─ InvalidLocation           not a location that this store serves
     │  ├─ InvalidImageId            not an id that this store can keep
-    │  └─ Unsupported               this store can't do that
+    │  ├─ Unsupported               this store can't do that
+    │  ├─ WrongStatus               the image's status does not allow that
+    │  │  └─ IllegalTransition      no image goes from this status to that one
+    │  └─ Protected                 the image is protected from deletion
     ├─ NotFound                     no such image
     ├─ AlreadyExists                the id is taken
     ├─ InUse                        something else still needs the image
@@ -53,6 +56,7 @@ __all__ = [
     "DriverNotFound",
     "FormatError",
     "FormatMismatch",
+    "IllegalTransition",
     "InUse",
     "IntegrityError",
     "InvalidImageId",
@@ -63,6 +67,7 @@ __all__ = [
     "MissingDependency",
     "NotFound",
     "PermissionDenied",
+    "Protected",
     "RateLimited",
     "SignatureMismatch",
     "SizeMismatch",
@@ -74,6 +79,7 @@ __all__ = [
     "Unavailable",
     "UnsafeImage",
     "Unsupported",
+    "WrongStatus",
     "redact",
 ]
 
@@ -199,6 +205,18 @@ class InvalidImageId(InvalidRequest):
 
 class Unsupported(InvalidRequest):
     """The store can't do that."""
+
+
+class WrongStatus(InvalidRequest):
+    """The image's status does not allow that; the message names it (see `imagestore.image`)."""
+
+
+class IllegalTransition(WrongStatus):
+    """No image goes from its status to that one; the message names those that it may go to."""
+
+
+class Protected(InvalidRequest):
+    """The image is protected from deletion."""
 
 
 class NotFound(StoreError):

@@ -18,9 +18,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from docutils import nodes
 from sphinx.domains.python import PyObject
@@ -34,12 +34,15 @@ from imagestore._transfer import BlockPlan
 from imagestore.config import available_drivers, list_opts, load_driver
 from imagestore.driver import Capabilities, Driver, Options, Verbs
 from imagestore.drivers.memory import PERSONALITIES
+from imagestore.formats._names import COMPRESSED, FILESYSTEMS
+from imagestore.formats._policy import _ALLOWED, _NEEDED
+from imagestore.image import EVENTS, TRANSITIONS, Event, ImageStatus
 from imagestore.testing import checks
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-__all__ = ["GENERATED", "NEED_A_SERVER", "SAMPLES", "expand", "setup"]
+__all__ = ["FORMAT_PAGES", "GENERATED", "NEED_A_SERVER", "SAMPLES", "expand", "setup"]
 
 PACKAGE: Final = Path(imagestore.__file__).parent
 
@@ -384,6 +387,131 @@ def findings() -> str:
     return _table(("code", "severity", "refused", "meaning"), rows)
 
 
+class FormatPage(NamedTuple):
+    """A page of ``reference/formats``: what it is about, and which findings belong there.
+
+    formats: names that may be declared or found
+    parsers: as ``module:name``; every code that they, or what they call, can report is on the page
+    only: of those codes, the families or single codes that are meant, where a parser serves several pages
+    more: codes that are reported elsewhere
+    """
+
+    formats: tuple[str, ...]
+    parsers: tuple[str, ...]
+    only: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+
+
+FORMAT_PAGES: Final[Mapping[str, FormatPage]] = {
+    "policy": FormatPage(
+        ("bare",),
+        ("_policy:disk_verdict", "_inspector:Inspector", "_scan:guarded"),
+        only=("format", "container.mismatch", "limit", "parser"),
+    ),
+    "qcow2": FormatPage(("qcow2",), ("_qcow:parse_qcow2",)),
+    "qcow1-qed": FormatPage(("qcow", "qed"), ("_qcow:parse_qcow", "_qcow:parse_qed")),
+    "vmdk": FormatPage(("vmdk",), ("_vmdk:parse_vmdk",)),
+    "vhd": FormatPage(("vhd",), ("_virtualpc:parse_vhd",), more=("vhd.footer_not_last",)),
+    "vhdx": FormatPage(("vhdx",), ("_virtualpc:parse_vhdx",)),
+    "vdi": FormatPage(("vdi",), ("_virtualbox:parse_vdi",)),
+    "ploop": FormatPage(("ploop",), ("_virtualbox:parse_ploop",), more=("ploop.descriptor",)),
+    "luks": FormatPage(("luks",), ("_luks:parse_luks",)),
+    "iso": FormatPage(("iso", "udf"), ("_optical:parse_iso", "_optical:parse_udf")),
+    "gpt": FormatPage(("gpt", "mbr"), ("_partition:parse_gpt", "_partition:parse_mbr")),
+    "raw": FormatPage(
+        ("raw", *sorted(FILESYSTEMS), "bochs", "cloop", "dmg"),
+        ("_policy:disk_verdict", "_partition:parse_ext"),
+        only=("raw", "ext"),
+        more=("bochs.found", "cloop.found", "dmg.found"),
+    ),
+    "boot": FormatPage(
+        ("aki", "ari", "ami", "kernel", "pe", "cpio"),
+        ("_boot:parse_kernel", "_boot:parse_cpio", "_partition:parse_ext", "_policy:disk_verdict"),
+        only=("aki", "ari", "ext"),
+        more=("aki.unknown", "ari.unknown", "container.unequal"),
+    ),
+    "ova": FormatPage(("ova",), ("_archive:Archive",), only=("ova", "ovf", "tar", "compressed", "format.mismatch")),
+    "ovf": FormatPage(("ovf",), ("_inspector:Inspector._check_ovf",)),
+    "docker": FormatPage(("docker", "tar"), ("_archive:Archive",), only=("docker", "tar", "ova.polyglot")),
+    "compressed": FormatPage(
+        ("compressed", *sorted(COMPRESSED)), ("_compressed:Unpacker",), more=("compressed.nested",)
+    ),
+}
+
+
+@cache
+def format_codes(page: str) -> tuple[str, ...]:
+    """The codes of the findings that belong on a page."""
+    chosen = FORMAT_PAGES[page]
+    codes = {
+        code
+        for code in _reported(chosen.parsers)
+        if not chosen.only or code in chosen.only or code.partition(".")[0] in chosen.only
+    }
+    return tuple(sorted({*codes, *chosen.more}))
+
+
+def _reported(parsers: Iterable[str]) -> set[str]:
+    """The codes in the source of these functions and classes, and of all of the package that these name."""
+    codes: set[str] = set()
+    todo, seen = list(parsers), set()
+    while todo:
+        if (place := todo.pop()) in seen:
+            continue
+        seen.add(place)
+        module, _, name = place.partition(":")
+        definitions, imported = _formats_module(module)
+        node = definitions.get(name)
+        if node is None:
+            continue
+        for each in ast.walk(node):
+            if isinstance(each, ast.Constant) and each.value in formats.FINDINGS:
+                codes.add(each.value)
+            elif isinstance(each, ast.Name):
+                todo.append(imported.get(each.id, f"{module}:{each.id}"))
+            elif isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "self":
+                todo.append(f"{module}:{name.partition('.')[0]}.{each.attr}")
+    return codes
+
+
+@cache
+def _formats_module(module: str) -> tuple[dict[str, ast.AST], dict[str, str]]:
+    """What a module defines, methods as ``Class.method``, and what it has from its neighbours and from where."""
+    tree = ast.parse((PACKAGE / "formats" / f"{module}.py").read_text("utf-8"))
+    definitions: dict[str, ast.AST] = {}
+    imported: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            definitions[node.name] = node
+        if isinstance(node, ast.ClassDef):
+            definitions |= {f"{node.name}.{part.name}": part for part in node.body if isinstance(part, ast.FunctionDef)}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("imagestore.formats._"):
+            home = str(node.module).rpartition(".")[2]
+            imported |= {alias.name: f"{home}:{alias.name}" for alias in node.names}
+    return definitions, imported
+
+
+def format_matrix() -> str:
+    """Under each declared disk format: what must be found, and what else may be."""
+    rows = []
+    for disk in formats.DISK_FORMATS:
+        allowed = _ALLOWED.get(disk, frozenset({disk}))
+        needed = _NEEDED.get(disk, frozenset() if disk in {"raw", "ami"} else frozenset({disk}))
+        rows.append((f"`{disk}`", _either(needed), ", ".join(sorted(allowed - needed))))
+    return _table(("declared", "must be found", "may be found too"), rows)
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(sorted(names)) or "nothing"
+
+
+def page_findings(page: str) -> str:
+    """The table of the findings of one page."""
+    kinds = ((code, formats.FINDINGS[code]) for code in format_codes(page))
+    rows = ((f"`{code}`", kind.severity, "yes" if kind.refused else "no", _plain(kind.meaning)) for code, kind in kinds)
+    return _table(("code", "severity", "refused", "meaning"), rows)
+
+
 # Memory
 
 
@@ -519,7 +647,7 @@ def _direct(room: str, graph: Mapping[str, set[str]]) -> set[str]:
 
 
 _WIDE, _HIGH, _GAP, _STEP = 116, 26, 14, 62
-_DOORS: Final = frozenset({"errors", "driver", "config", "testing", "aio"})
+_DOORS: Final = frozenset({"errors", "driver", "config", "testing", "aio", "image", "lifecycle"})
 
 
 def _drawing(rows: list[list[str]], edges: Mapping[str, set[str]]) -> str:
@@ -557,6 +685,107 @@ def _drawing(rows: list[list[str]], edges: Mapping[str, set[str]]) -> str:
     return "\n".join([*lines, "</svg>", "</div>"])
 
 
+# The life of an image
+
+_STATUS_AT: Final[Mapping[ImageStatus, tuple[float, float]]] = {
+    ImageStatus.QUEUED: (75, 210),
+    ImageStatus.SAVING: (275, 90),
+    ImageStatus.UPLOADING: (225, 350),
+    ImageStatus.IMPORTING: (395, 280),
+    ImageStatus.KILLED: (475, 30),
+    ImageStatus.ACTIVE: (575, 180),
+    ImageStatus.DEACTIVATED: (745, 90),
+    ImageStatus.PENDING_DELETE: (745, 280),
+    ImageStatus.DELETED: (575, 420),
+}
+_STATUS_WIDE, _STATUS_HIGH = 130, 30
+_BENDS: Final = (0.08, -0.08, 0.16, -0.16, 0.28, -0.28, 0.42, -0.42, 0.6, -0.6)
+
+Point = tuple[float, float]
+
+
+def image_statuses() -> str:
+    """Every status and every transition, as a drawing; what leads to a deletion is paler."""
+    title = "Statuses of an image, and what leads from one to another"
+    away = {ImageStatus.PENDING_DELETE, ImageStatus.DELETED}
+    lines = [
+        '<div class="drawing">',
+        f'<svg width="720" height="395" viewBox="0 0 820 450" role="img" aria-label="{title}">',
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">',
+        '<polygon points="0,1 8,4 0,7" style="fill: var(--color-foreground-muted)"/></marker></defs>',
+    ]
+    for old, news in TRANSITIONS.items():
+        for new, events in news.items():
+            start, control, end = curve(old, new)
+            pale = ' style="opacity: 0.3"' if new in away else ""
+            points = f"M{start[0]:.0f} {start[1]:.0f} Q{control[0]:.0f} {control[1]:.0f} {end[0]:.0f} {end[1]:.0f}"
+            told = f"<title>{old} to {new}: {', '.join(events)}</title>"
+            lines.append(f'<path d="{points}" marker-end="url(#arrow)"{pale}>{told}</path>')
+    for status in ImageStatus:
+        x, y = _STATUS_AT[status]
+        door = ' class="door"' if status is ImageStatus.ACTIVE else ""
+        lines.append(
+            f'<rect{door} x="{x - _STATUS_WIDE / 2:.0f}" y="{y - _STATUS_HIGH / 2:.0f}" width="{_STATUS_WIDE}" '
+            f'height="{_STATUS_HIGH}" rx="4"/>'
+        )
+        lines.append(f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle">{status}</text>')
+    return "\n".join([*lines, "</svg>", "</div>"])
+
+
+def curve(old: ImageStatus, new: ImageStatus) -> tuple[Point, Point, Point]:
+    """From one box to another, bent as little as it takes to pass all others: start, control and end."""
+    (x, y), (to_x, to_y) = _STATUS_AT[old], _STATUS_AT[new]
+    for bend in _BENDS:
+        control = (x + to_x) / 2 + bend * (to_y - y), (y + to_y) / 2 - bend * (to_x - x)
+        ends = _border(_STATUS_AT[old], control), control, _border(_STATUS_AT[new], control)
+        if not any(status not in {old, new} and _touches(ends, at) for status, at in _STATUS_AT.items()):
+            return ends
+    raise ValueError(f"no way from {old} to {new} that passes the others")
+
+
+def _border(center: Point, towards: Point) -> Point:
+    """Where the box around ``center`` is left."""
+    dx, dy = towards[0] - center[0], towards[1] - center[1]
+    part = min(
+        (_STATUS_WIDE / 2 + 2) / abs(dx) if dx else 1e9,
+        (_STATUS_HIGH / 2 + 2) / abs(dy) if dy else 1e9,
+    )
+    return center[0] + part * dx, center[1] + part * dy
+
+
+def _touches(ends: tuple[Point, Point, Point], center: Point) -> bool:
+    for step in range(1, 40):
+        part = step / 40
+        weights = (1 - part) ** 2, 2 * part * (1 - part), part**2
+        x, y = (sum(weight * point[axis] for weight, point in zip(weights, ends, strict=True)) for axis in (0, 1))
+        if abs(x - center[0]) < _STATUS_WIDE / 2 + 6 and abs(y - center[1]) < _STATUS_HIGH / 2 + 6:
+            return True
+    return False
+
+
+def image_events() -> str:
+    """Every event: when it may happen, where it leads, what it means."""
+    meanings = _members(Event)
+    rows = []
+    for event, steps in EVENTS.items():
+        (new,) = set(steps.values())
+        rows.append((f"`{event}`", ", ".join(f"`{old}`" for old in steps), f"`{new}`", _plain(meanings[event.name])))
+    return _table(("event", "from", "to", "what happened"), rows)
+
+
+def _members(kind: type) -> dict[str, str]:
+    """The texts below the members of an enumeration, which Python itself does not keep."""
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for node, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(node, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            (target,) = node.targets
+            assert isinstance(target, ast.Name)
+            found[target.id] = str(text.value.value)
+    return found
+
+
 # Sphinx
 
 GENERATED: Final[Mapping[str, Callable[[], str]]] = {
@@ -568,7 +797,11 @@ GENERATED: Final[Mapping[str, Callable[[], str]]] = {
     "error-table": error_table,
     "error-tree": error_tree,
     "findings": findings,
+    **{f"findings-{page}": partial(page_findings, page) for page in FORMAT_PAGES},
+    "format-matrix": format_matrix,
     "format-names": format_names,
+    "image-events": image_events,
+    "image-statuses": image_statuses,
     "kit": kit,
     "memory-known": memory_known,
     "memory-unknown": memory_unknown,
@@ -578,7 +811,7 @@ GENERATED: Final[Mapping[str, Callable[[], str]]] = {
     "verbs": verbs,
 }
 
-_BLOCK: Final = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
+_BLOCK: Final = re.compile(r"^```\{generated\} ([a-z0-9-]+)\n```$", re.MULTILINE)
 
 
 def expand(text: str) -> str:

@@ -1,7 +1,8 @@
 """An image service over HTTP in one file: PUT, GET (ranges too) and DELETE of ``/images/{id}``.
 
 Run it with ``IMAGES_CONF=images.conf uvicorn fastapi_images:app``. It has no users and no database: a real service
-would ask who calls, and would keep the location that `add` returns instead of looking for it by id.
+would ask who calls, and would keep the location that `add` returns instead of looking for it by id: see
+image_service.py.
 """
 
 # ruff: noqa: ARG001, D103, INP001 - FastAPI passes what a signature asks for, and a server finds the file by name
@@ -86,7 +87,7 @@ async def opened(image_id: str, request: Request, store: Images) -> AsyncIterato
     stat = await run_sync(store.stat, location)
     headers = {"Accept-Ranges": "bytes", "ETag": etag(stat)}
     start, stop, status = 0, stat.size, 200
-    if wanted := byte_range(request.headers, stat):
+    if wanted := byte_range(request.headers, stat.size, etag(stat)):
         (start, stop), status = wanted, 206
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{stat.size}"
     async with aio.open(store.get, location, start=start, stop=stop) as image:
@@ -112,16 +113,16 @@ def etag(stat: Stat) -> str:
     return f'"{hashlib.sha256(f"{stat.version} {stat.size}".encode()).hexdigest()[:32]}"'
 
 
-def byte_range(headers: Mapping[str, str], stat: Stat) -> tuple[int, int] | None:
+def byte_range(headers: Mapping[str, str], size: int, tag: str) -> tuple[int, int] | None:
     """The one range that is asked for, as (start, stop); None: the whole image (RFC 9110, section 14.2)."""
     found = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", headers.get("range", ""))
-    if not found or found[0] == "bytes=-" or headers.get("if-range", etag(stat)) != etag(stat):
+    if not found or found[0] == "bytes=-" or headers.get("if-range", tag) != tag:
         return None
     first, last = found.groups()
     if first and last and int(last) < int(first):
         return None
-    start = int(first) if first else max(0, stat.size - int(last))
-    stop = min(stat.size, int(last) + 1) if first and last else stat.size
+    start = int(first) if first else max(0, size - int(last))
+    stop = min(size, int(last) + 1) if first and last else size
     if start >= stop:
-        raise HTTPException(416, headers={"Content-Range": f"bytes */{stat.size}"})
+        raise HTTPException(416, headers={"Content-Range": f"bytes */{size}"})
     return start, stop

@@ -23,6 +23,8 @@ DOORS = (
     "imagestore.aio",
     "imagestore.formats",
     "imagestore.observers",
+    "imagestore.image",
+    "imagestore.lifecycle",
 )
 
 

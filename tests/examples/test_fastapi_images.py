@@ -3,96 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import anyio
 import httpx
 import pytest
+from served import serving, until
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DATA = random.Random(5).randbytes(3_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 MIB = 1 << 20
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
-class Server:
-    def __init__(self, process, url, folder):
-        self.process = process
-        self.url = url
-        self.folder = folder
-
-    def status(self, name):
-        """A number of the process: `VmHWM` (bytes at most in memory), `Threads`."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                number, _, unit = line.partition(":")[2].strip().partition(" ")
-                return int(number) * (1024 if unit == "kB" else 1)
-        raise AssertionError(name)
-
-    def stored(self):
-        """Every file below the store's directory, hidden ones too."""
-        return {path.name for path in self.folder.rglob("*") if path.is_file()}
-
-    def held(self):
-        """What the process has open below the store's directory, files without a name too."""
-        found = []
-        for descriptor in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            try:
-                target = str(descriptor.readlink())
-            except FileNotFoundError:
-                continue
-            if target.startswith(f"{self.folder}/"):
-                found.append(target)
-        return found
-
-
-@contextmanager
-def serving(tmp_path, **options):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    settings = "".join(f"{name} = {value}\n" for name, value in options.items())
-    config = tmp_path / "images.conf"
-    config.write_text(
-        f"[DEFAULT]\nenabled_backends = local:file\n[imagestore]\n{settings}[local]\ndatadir = {folder}\n"
-    )
-    log = tmp_path / "server.log"
-    with socket.socket() as listener, log.open("wb") as output:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(256)
-        fd = listener.fileno()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "--app-dir", EXAMPLES, "--fd", str(fd), "fastapi_images:app"],
-            # The C library otherwise keeps freed blocks of every thread for itself; see the how-to.
-            env={**os.environ, "IMAGES_CONF": str(config), "MALLOC_MMAP_THRESHOLD_": "1048576"},
-            pass_fds=[fd],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield Server(process, f"http://127.0.0.1:{listener.getsockname()[1]}", folder)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) in (0, -signal.SIGINT), log.read_text()
-        finally:
-            process.kill()
-            process.wait(10)
-    text = log.read_text()
-    assert "shutdown complete" in text
-    assert "Traceback" not in text, text
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +35,6 @@ def server(running):
 def client(server):
     with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
         yield client
-
-
-async def until(condition):
-    with anyio.fail_after(30):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens in another process
-            await anyio.sleep(0.02)
 
 
 def test_in_and_out(client, server):
