@@ -9,7 +9,7 @@ import contextlib
 import os
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imagestore import StoreError, open_store
@@ -53,7 +53,7 @@ def check_nothing_happened(base, data):
     assert sorted(os.listdir(base)) == ["canary", "data", "data-old"]
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES)
 @given(st.sampled_from(["file://", "filesystem://", "FILE://", "file:", "http://", ""]), st.booleans(), TEXTS)
 @example("file://", True, "/../canary")
 @example("file://", True, "/link")
@@ -72,7 +72,7 @@ def test_locations(place, scheme, inside, text):
     check_nothing_happened(base, data)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES)
 @given(TEXTS | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True))
 def test_ids(place, image_id):
     base, data, store = place

@@ -759,7 +759,7 @@ def everything_said(error: BaseException) -> str:
     return "\n".join(parts)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(secret=SECRETS, place=st.sampled_from(PLACES))
 def test_no_error_and_no_log_line_tells_a_secret(
     tmp_path_factory: pytest.TempPathFactory, secret: str, place: str
@@ -782,7 +782,6 @@ def test_no_error_and_no_log_line_tells_a_secret(
         assert "s3cr" not in text.replace(str(path), "")
 
 
-@settings(deadline=None)
 @given(secret=SECRETS, option=st.sampled_from(["pin", "grade", "count", "secret_kye"]))
 def test_no_error_of_open_store_tells_a_secret(secret: str, option: str) -> None:
     options: dict[str, Any] = {option: secret, "secret_key": secret}

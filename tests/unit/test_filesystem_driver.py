@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imagestore.driver import IMAGE_ID, Block, Hints, Leftover, Limits, Location, Options
@@ -1156,7 +1156,7 @@ TEXTS = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(TEXTS)
 @example("file:///srv/images/../../etc/passwd")
 def test_no_accepted_text_leads_out(unopened: FilesystemDriver, uri: str) -> None:
@@ -1336,7 +1336,7 @@ NAMES = st.one_of(
 def test_hostile_locations_reach_nothing_outside(base: Path) -> None:
     trap = Trap(base)
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=150)
     @given(st.sampled_from([trap.images, trap.old, trap.images.parent]), st.lists(NAMES, min_size=1, max_size=5))
     def hostile(place: Path, parts: list[str]) -> None:
         uri = f"file://{place}/{'/'.join(parts)}"

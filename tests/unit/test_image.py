@@ -11,7 +11,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from imagestore import image as door
@@ -264,7 +264,6 @@ def test_an_image_never_changes() -> None:
         Image("a")  # type: ignore[misc]
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(Event), max_size=30))
 def test_any_sequence_of_events_is_a_legal_life(events: list[Event]) -> None:
     image = Image(id="a", **FORMATS)

@@ -827,7 +827,7 @@ text = st.none() | st.text(max_size=5)
 pieces = st.builds(Data, store=st.text(max_size=5), token=text, uri=text, until=times)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.builds(
         Record,

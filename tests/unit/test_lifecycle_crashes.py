@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import pytest
 from fake import Backend, FakeDriver
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -578,8 +578,6 @@ class KillingWorkers(Workers):
 
 
 TestWorkers = Workers.TestCase
-TestWorkers.settings = settings(
-    max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestWorkers.settings = settings(max_examples=100, stateful_step_count=60)
 TestKillingWorkers = KillingWorkers.TestCase
 TestKillingWorkers.settings = settings(TestWorkers.settings, max_examples=30)

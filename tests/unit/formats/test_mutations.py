@@ -51,7 +51,7 @@ def test_truncation(name: str) -> None:
         assert inspection.accepted == ((name, length) in STILL_GOOD), (length, inspection.findings)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.integers(min_value=0))
 def test_flips(seed: int) -> None:
     source = random.Random(seed)
