@@ -12,7 +12,8 @@ nothing of ours is visible in an unfinished upload: ListMultipartUploads shows n
 programs upload to the same bucket, perhaps below the same prefix. It is written before the upload is begun, with the
 image id, and again with the upload's id, before the first part. So a process that is killed between the two leaves
 a mark of an upload without parts, and ``discard`` looks for it at that key. Some servers list multipart uploads for a
-whole key only, which is all that this needs.
+whole key only, which is all that this needs. What a mark tells is in its metadata: headers are signed, a body is not,
+and a mark that was damaged on its way would be worth nothing.
 
 **No clobber** rests on ``If-None-Match: *`` of PutObject and CompleteMultipartUpload. Servers that don't know it ignore
 it, so ``open`` tries both out on an object of its own and keeps the outcome in ``<prefix>.imagestore/features`` for a
@@ -26,6 +27,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import json
 import re
 import secrets
@@ -90,6 +92,9 @@ _METADATA_MAX: Final = 1800
 _AWS_HOST: Final = "s3.amazonaws.com"
 _TOKEN_KEY: Final = "imagestore-token"  # noqa: S105 - the name of a header
 _METADATA_KEY: Final = "imagestore-metadata"
+_IMAGE_KEY: Final = "imagestore-image"
+_UPLOAD_KEY: Final = "imagestore-upload"
+_MARK_TEXT: Final = b"An upload that is not finished. imagestore removes it when it is over, or is collected.\n"
 _TOKEN: Final = re.compile(r"[0-9a-f]{32}")
 _MARK: Final = re.compile(r"([0-9a-f]{32})-[0-9a-f]{8}")
 _MD5: Final = re.compile(r"[0-9a-f]{32}")
@@ -158,6 +163,7 @@ _STATUSES: Final[dict[int, tuple[type[StoreError], str]]] = {
     403: (PermissionDenied, f"access denied: {_HINT_RIGHTS}"),
     404: (NotFound, "no such object"),
     405: (Unsupported, "the server does not allow this operation"),
+    408: (StoreTimeout, "the server waited too long for the request"),
     409: (Unavailable, "another operation on the same object is going on"),
     412: (Changed, "the object is not what it was"),
     413: (StoreFull, "the server has no room for so much"),
@@ -390,8 +396,7 @@ class S3Driver(Driver):
         )
 
     def _connect(self) -> Any:
-        boto3 = require("boto3", extra="s3")
-        botocore = require("botocore.exceptions", extra="s3")
+        exceptions = require("botocore.exceptions", extra="s3")
         config = require("botocore.config", extra="s3").Config(
             signature_version="s3v4",
             connect_timeout=self.timeouts.connect,
@@ -409,20 +414,22 @@ class S3Driver(Driver):
         )
         settings = self.settings
         try:
-            session = boto3.session.Session(
+            session = require("botocore.session", extra="s3").Session(profile=settings.profile)
+            session.register_component("data_loader", _descriptions())
+            client = session.create_client(
+                "s3",
+                region_name=settings.region or session.get_config_variable("region") or "us-east-1",
+                endpoint_url=self._endpoint,
+                verify=settings.cacert or None,
                 aws_access_key_id=settings.access_key,
                 aws_secret_access_key=settings.secret_key,
                 aws_session_token=settings.session_token,
-                profile_name=settings.profile,
-            )
-            return session.client(
-                "s3",
-                region_name=settings.region or session.region_name or "us-east-1",
-                endpoint_url=self._endpoint,
-                verify=settings.cacert or None,
                 config=config,
             )
-        except (botocore.ProfileNotFound, botocore.InvalidRegionError, ValueError) as error:
+            # A part goes out at once: asking the server first costs a round trip, and is one more answer to wait for.
+            client.meta.events.register_last("before-call.s3", _without_asking)
+            return client
+        except (exceptions.ProfileNotFound, exceptions.InvalidRegionError, ValueError) as error:
             raise ConfigurationError(f"options profile, region, endpoint: {error}") from error
 
     def close(self) -> None:
@@ -445,7 +452,7 @@ class S3Driver(Driver):
     def _read_features(self) -> tuple[bool, bool] | None:
         """What is known of the server, or None; on the way, whether the bucket can be used at all."""
         try:
-            answer = self._get(f"{self._own}features")
+            answer, text = self._get(f"{self._own}features")
         except Exception as error:
             if _code(error) == "NoSuchBucket" and self.settings.create_bucket:
                 self._create_bucket()
@@ -454,8 +461,8 @@ class S3Driver(Driver):
                 raise
             return None
         try:
-            told = json.loads(answer[0])
-            fresh = datetime.now(UTC) - answer[1] < _FEATURES_KEPT
+            told = json.loads(text)
+            fresh = datetime.now(UTC) - _need(answer, "LastModified") < _FEATURES_KEPT
             if fresh and told["endpoint"] == self._root.host:
                 return bool(told["put"]), bool(told["complete"])
         except (ValueError, KeyError, TypeError):
@@ -506,10 +513,10 @@ class S3Driver(Driver):
     def _put(self, key: str, data: bytes, **arguments: Any) -> None:
         self._call("put_object", Key=key, Body=data, **self._encryption, **arguments)
 
-    def _get(self, key: str) -> tuple[bytes, datetime]:
+    def _get(self, key: str) -> tuple[dict[str, Any], bytes]:
         answer = self._call("get_object", Key=key, **self._customer)
         with contextlib.closing(answer["Body"]) as body:
-            return body.read(4096), _need(answer, "LastModified")
+            return answer, body.read(4096)
 
     def _remove(self, key: str) -> None:
         """Delete an object, in a bucket with versions all of them: nobody shall find ours there."""
@@ -726,12 +733,13 @@ class S3Driver(Driver):
         try:
             self._call("abort_multipart_upload", Key=key, UploadId=upload_id)
             # A part that was on its way meanwhile may keep it alive (AbortMultipartUpload in the reference).
-            self._call("list_parts", Key=key, UploadId=upload_id, MaxParts=1, **self._customer)
+            left = self._call("list_parts", Key=key, UploadId=upload_id, MaxParts=1, **self._customer)
         except Exception as error:
             if _status(error) != 404 or _code(error) == "NoSuchBucket":
                 raise
             return
-        raise Unavailable("parts of the upload still arrive")
+        if left.get("Parts"):
+            raise Unavailable("parts of the upload still arrive")
 
     # Leftovers
 
@@ -786,24 +794,23 @@ class S3Driver(Driver):
         self._remove(key)
 
     def _write_mark(self, key: str, image_id: str, upload_id: str | None) -> None:
-        self._put(key, json.dumps({"image_id": image_id, "upload_id": upload_id}).encode())
+        told = {_IMAGE_KEY: image_id} if upload_id is None else {_IMAGE_KEY: image_id, _UPLOAD_KEY: upload_id}
+        self._put(key, _MARK_TEXT, Metadata=told)
 
     def _read_mark(self, key: str) -> _Mark | None:
         """What a mark says; None if it is gone, or is none of ours."""
         try:
-            data, modified = self._get(key)
+            answer, text = self._get(key)
         except Exception as error:
             if _code(error) == "NoSuchKey":
                 return None
             raise
-        try:
-            told = json.loads(data)
-            image_id, upload_id = told["image_id"], told["upload_id"]
-        except (ValueError, KeyError, TypeError):
+        told = _metadata(answer)
+        if not IMAGE_ID.fullmatch(told.get(_IMAGE_KEY, "")):
             return None
-        if not isinstance(image_id, str) or not IMAGE_ID.fullmatch(image_id):
-            return None
-        return _Mark(key, image_id, upload_id if isinstance(upload_id, str) and upload_id else None, modified)
+        if not text:
+            raise Unavailable("the server's answer ended within its head")
+        return _Mark(key, told[_IMAGE_KEY], told.get(_UPLOAD_KEY) or None, _need(answer, "LastModified"))
 
     def _stored(self, mark: _Mark) -> tuple[int, datetime]:
         """How many bytes a marked upload holds, and when the last of them came."""
@@ -864,13 +871,13 @@ class S3Driver(Driver):
             return self._refusal(error, response)
         exceptions = require("botocore.exceptions", extra="s3")
         text = f"{type(error).__name__}: {error}"
-        if isinstance(error, (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError)):
+        if isinstance(error, (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError)) or _timed_out(error):
             return StoreTimeout(text)
         if isinstance(error, exceptions.SSLError):
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 return ConfigurationError(f"the server's certificate is not trusted: check option cacert: {error}")
             return Unavailable(text)
-        if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
+        if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.SSOError)):
             return Unauthenticated(f"set access_key and secret_key, or give the SDK credentials: {error}")
         if isinstance(error, (exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)):
             return Unavailable(text)
@@ -1021,8 +1028,10 @@ class _Upload(Upload):
         if block is None or _right(answer, block):
             return
         # The answer may have been damaged, or the object; the latter must not stay.
-        if not _right(driver._found("head_object", self.location), block):
-            driver._call("delete_object", Key=self._key)
+        there = driver._found("head_object", self.location)
+        if not _right(there, block):
+            if _metadata(there).get(_TOKEN_KEY) == self._token:
+                driver._call("delete_object", Key=self._key)
             raise DigestMismatch("the server's ETag of the image is not the MD5 of what was sent")
 
     def _stands(self) -> bool:
@@ -1057,12 +1066,14 @@ class _Upload(Upload):
             )
             self._parts[number] = _need(_need(answer, "CopyPartResult"), "ETag")
 
+        pool = ThreadPoolExecutor(min(8, driver.limits.workers), "imagestore-copy")
         try:
-            with ThreadPoolExecutor(min(8, driver.limits.workers), "imagestore-copy") as pool:
-                for done in [pool.submit(copy_part, start) for start in range(0, size, length)]:
-                    done.result()
+            for done in [pool.submit(copy_part, start) for start in range(0, size, length)]:
+                done.result()
         except Exception as error:
             raise _source_changed(error) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
         self.commit(size)
 
     def _copy_small(self, source: dict[str, Any] | None) -> None:
@@ -1161,6 +1172,16 @@ class _Chunks:
         self._body.close()
 
 
+@functools.cache
+def _descriptions() -> Any:
+    """The SDK's descriptions of services, read once in a process: most of what a client takes in time and memory."""
+    return require("botocore.session", extra="s3").Session().get_component("data_loader")
+
+
+def _without_asking(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].pop("Expect", None)
+
+
 def _host(scheme: str, text: str) -> str:
     """A host in lower case and without the scheme's own port."""
     port = ":443" if scheme.endswith("https") else ":80"
@@ -1205,6 +1226,13 @@ def _refuses(request: Callable[[], object]) -> bool:
     return False
 
 
+def _timed_out(error: BaseException | None) -> bool:
+    """Whether a time-out is at the bottom of it: while a body is sent, the SDK takes one for a closed connection."""
+    while error is not None and not isinstance(error, TimeoutError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _source_changed(error: Exception) -> Exception:
     return Changed("the image was replaced while it was copied") if _status(error) == 412 else error
 
@@ -1235,9 +1263,13 @@ def _encode(hints: Hints) -> dict[str, str]:
     return kept
 
 
-def _stat(answer: dict[str, Any], size: int) -> Stat:
+def _metadata(answer: dict[str, Any]) -> dict[str, str]:
     # Header names have no case, and servers differ in what they make of it.
-    kept = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
+    return {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
+
+
+def _stat(answer: dict[str, Any], size: int) -> Stat:
+    kept = _metadata(answer)
     token = kept.get(_TOKEN_KEY, "")
     try:
         told = json.loads(kept.get(_METADATA_KEY, "{}"))

@@ -565,14 +565,14 @@ def download_fails(kit: Kit) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "image")
         plan = kit.faults()
-        plan.cut(kit.block, lambda: PermissionDenied("the kit says so"))
+        plan.cut(1000, lambda: PermissionDenied("the kit says so"))
         with raises(PermissionDenied):
             kit.store(plan).download(location, path)
         with raises(DigestMismatch):
             kit.plain.download(location, path, expected={"sha256": sha256(b"other")})
         assert not os.listdir(directory), f"left behind: {os.listdir(directory)}"
         plan = kit.faults()
-        plan.cut(kit.block, broken)
+        plan.cut(1000, broken)
         plan.cut(0, None)
         kit.store(plan).download(location, path, expected={"sha256": sha256(data)})
         assert path.read_bytes() == data

@@ -1,15 +1,17 @@
-"""The S3 servers that tests use: started once in a process, and clients for looking behind the driver's back."""
+"""The S3 servers and tools that tests use: servers are started once in a process, tools are installed once for all."""
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -31,16 +33,41 @@ def running(name: str) -> dict[str, str]:
     if not kept:
         atexit.register(_stop, name, place)
     if done.returncode != 0:
-        reason = f"{name}: no such server here: {done.stderr.strip()[-800:]}"
-        if os.environ.get("IMAGESTORE_REQUIRE_SERVERS") == "all":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing(f"{name}: no such server here: {done.stderr.strip()[-800:]}")
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
 
 def _stop(name: str, place: str) -> None:
     subprocess.run([HERE / name, "stop", place], capture_output=True, check=False)
     shutil.rmtree(place, ignore_errors=True)
+
+
+def missing(reason: str) -> NoReturn:
+    """Skip by name, unless everything must run."""
+    if os.environ.get("IMAGESTORE_REQUIRE_SERVERS") == "all":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@functools.cache
+def programs(name: str, *requirements: str) -> Path:
+    """The programs of an environment with these packages, in ``$IMAGESTORE_TEST_CACHE`` or the user's cache."""
+    cache = Path(os.environ.get("IMAGESTORE_TEST_CACHE") or Path.home() / ".cache" / "imagestore-tests")
+    cache.mkdir(parents=True, exist_ok=True)
+    made = cache / name
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "complete").exists():
+            shutil.rmtree(made, ignore_errors=True)
+            for command in (
+                [sys.executable, "-m", "venv", made],
+                [made / "bin" / "pip", "install", "-q", "--disable-pip-version-check", *requirements],
+            ):
+                done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+                if done.returncode:
+                    missing(f"{name} can't be installed: {done.stderr[-400:]}")
+            (made / "complete").touch()
+    return made / "bin"
 
 
 def options(**values: Any) -> Options:

@@ -1,14 +1,12 @@
 """Images that others stored in a real S3 server, and others' tools on images that imagestore stored.
 
-``IMAGESTORE_GLANCE_PYTHON`` names a Python that has glance_store 5.7.0 and boto3; without it an environment is made in
-``$IMAGESTORE_TEST_CACHE`` or ``~/.cache/imagestore-tests``.
+``IMAGESTORE_GLANCE_PYTHON`` names a Python that has glance_store 5.7.0 and boto3; without it an environment is made
+with pip, as for Amazon's command line. rclone is the system's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -27,11 +25,12 @@ pytest.importorskip("boto3", reason="the S3 driver needs boto3")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
 
-from _s3 import client, running
+from _s3 import client, missing, programs, running
 
 from imagestore import NotFound, Store, load_stores
 
 GLANCE = ("glance_store==5.7.0", "boto3>=1.36")
+AWSCLI = "awscli>=1.40"
 MIB = 1024 * 1024
 IMAGES = {"small": 300_000, "parts": 12 * MIB + 17, "unknown": 11 * MIB + 3}
 
@@ -67,35 +66,10 @@ print(json.dumps(told))
 """
 
 
-def missing(reason: str) -> None:
-    """Skip by name, unless everything must run."""
-    if os.environ.get("IMAGESTORE_REQUIRE_SERVERS") == "all":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@functools.cache
-def glance_python() -> str:
-    if given := os.environ.get("IMAGESTORE_GLANCE_PYTHON"):
-        return given
-    cache = Path(os.environ.get("IMAGESTORE_TEST_CACHE") or Path.home() / ".cache" / "imagestore-tests")
-    cache.mkdir(parents=True, exist_ok=True)
-    made = cache / "glance-store-5.7.0"
-    with (cache / "glance-store.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (made / "complete").exists():
-            shutil.rmtree(made, ignore_errors=True)
-            for command in ([sys.executable, "-m", "venv", made], [made / "bin" / "pip", "install", "-q", *GLANCE]):
-                done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-                if done.returncode:
-                    missing(f"glance_store can't be installed: {done.stderr[-400:]}")
-            (made / "complete").touch()
-    return str(made / "bin" / "python")
-
-
 def glance(conf: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+    python = os.environ.get("IMAGESTORE_GLANCE_PYTHON") or programs("glance-store-5.7.0-s3", *GLANCE) / "python"
     done = subprocess.run(
-        [glance_python(), "-W", "ignore", "-c", GLANCE_SIDE, conf],
+        [python, "-W", "ignore", "-c", GLANCE_SIDE, conf],
         input=json.dumps(jobs),
         capture_output=True,
         text=True,
@@ -187,10 +161,10 @@ def test_glance_reads_ours(place: Place) -> None:
 
 @pytest.mark.parametrize("tool", ["aws", "rclone"])
 def test_tools_read_ours(place: Place, tool: str, tmp_path: Path) -> None:
-    program = shutil.which(tool)
+    program = str(programs("awscli", AWSCLI) / "aws") if tool == "aws" else shutil.which(tool)
     if program is None:
         missing(f"{tool} is not installed")
-    # What belongs to this machine's own network does not belong here.
+    # What is set for the network of the machine does not belong here.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RCLONE_"))} | {
         "AWS_ACCESS_KEY_ID": place.env["S3_ACCESS_KEY"],
         "AWS_SECRET_ACCESS_KEY": place.env["S3_SECRET_KEY"],
@@ -211,7 +185,7 @@ def test_tools_read_ours(place: Place, tool: str, tmp_path: Path) -> None:
             if tool == "aws"
             else [program, "copyto", f"remote:{place.bucket}/{image_id}", got]
         )
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)  # type: ignore[arg-type]  # no program is a skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         assert got.read_bytes() == path.read_bytes()
         place.store.delete(place.store.locate(image_id))
