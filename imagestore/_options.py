@@ -84,6 +84,14 @@ def _times(unit: int) -> Callable[[str], str]:
     return convert
 
 
+def _power_of_two(text: str) -> str:
+    """A number of MiB in bytes; Glance takes the next lower power of two."""
+    size = _whole(text) * MIB
+    if size <= 0:
+        raise ValueError("must be at least 1")
+    return str(1 << (size.bit_length() - 1))
+
+
 def _seconds(text: str) -> str | None:
     """Below 0: the library's own; 0: for ever, which no wait may last here. Both become our default."""
     seconds = _whole(text)
@@ -94,6 +102,8 @@ _RETRIES: Final = "temporary errors are retried for all stores alike: [imagestor
 _WORKERS: Final = "all stores have as many threads as [imagestore] workers says"
 _BLOCKS: Final = "the length of blocks follows from the size of the image and the limits of the backend"
 _CHECKSUMS: Final = "every part is sent with its digest, and the backend's answer is compared"
+
+_CERTIFICATE: Final = "name the authority's certificate with cacert, or the server's own with certificate"
 
 COMMON: Final[tuple[OldOption, ...]] = (_kept("store_description", "description"),)
 """Options of every store. ``weight`` has kept its name."""
@@ -159,7 +169,7 @@ OLD_OPTIONS: Final[Mapping[str, tuple[OldOption, ...]]] = MappingProxyType(
             _kept("swift_store_project_id", "project_id"),
         ),
         "rbd": (
-            _kept("rbd_store_chunk_size", "object_size", _times(MIB)),
+            _kept("rbd_store_chunk_size", "object_size", _power_of_two),
             _kept("rbd_store_pool", "pool"),
             _kept("rbd_store_user", "user"),
             _kept("rbd_store_ceph_conf", "ceph_conf"),
@@ -214,8 +224,8 @@ OLD_OPTIONS: Final[Mapping[str, tuple[OldOption, ...]]] = MappingProxyType(
             _ignored("vmware_api_retry_count", _RETRIES),
             _kept("vmware_task_poll_interval", "task_interval"),
             _kept("vmware_store_image_dir", "image_dir"),
-            _insecure("vmware_insecure", "name the authority's certificate with cacert"),
-            _insecure("vmware_api_insecure", "name the authority's certificate with cacert"),
+            _insecure("vmware_insecure", _CERTIFICATE),
+            _insecure("vmware_api_insecure", _CERTIFICATE),
             _kept("vmware_ca_file", "cacert"),
             _kept("vmware_datastores", "datastores"),
         ),
