@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
@@ -24,6 +26,7 @@ from imagestore.driver import Timeouts, require
 from imagestore.errors import ConfigurationError, StoreError, StoreTimeout, Unauthenticated, Unavailable
 
 __all__ = [
+    "ACCOUNT_KEYS",
     "Answer",
     "BoundLogin",
     "Client",
@@ -33,13 +36,14 @@ __all__ = [
     "Wires",
     "absolute",
     "client_of",
+    "failure",
     "read_accounts",
 ]
 
-_PIECE: Final = 256 * 1024
+_PIECE: Final = 64 * 1024
 _PROSE: Final = 64 * 1024
 _INTERFACES: Final = {"publicURL": "public", "internalURL": "internal", "adminURL": "admin"}
-_ACCOUNT_KEYS: Final = (
+ACCOUNT_KEYS: Final = (
     "user",
     "key",
     "auth_version",
@@ -52,6 +56,7 @@ _ACCOUNT_KEYS: Final = (
     "application_credential_id",
     "application_credential_secret",
 )
+"""Options that say who logs in; an accounts file has them under the same names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,16 +76,16 @@ class Credentials:
     application_credential_id: str | None = None
     application_credential_secret: str | None = field(default=None, repr=False)
 
-    def problem(self) -> str | None:
-        """What is missing, or None."""
+    def problem(self) -> tuple[str, str] | None:
+        """The option that is missing, and what to do; None if there is enough to log in."""
         if not self.auth_url:
-            return "auth_url is not set"
+            return "auth_url", "is not set"
         if self.application_credential_id and self.application_credential_secret and self.auth_version != "1":
             return None
         if not self.user or not self.key:
-            return "neither user and key nor an application credential are set"
+            return "user", "neither user and key nor an application credential are set"
         if self.auth_version != "1" and ":" not in self.user and not self.project_name and not self.project_id:
-            return "user has the form project:user, or project_name is set beside it"
+            return "user", "has the form project:user, or project_name is set beside it"
         return None
 
 
@@ -328,13 +333,13 @@ def read_accounts(path: str) -> dict[str, Credentials]:
     accounts = {}
     for name in parser.sections():
         values = {key: _unquoted(text) for key, text in parser.items(name)}
-        wanted = {key: values[key] for key in _ACCOUNT_KEYS if values.get(key)}
+        wanted = {key: values[key] for key in ACCOUNT_KEYS if values.get(key)}
         if wanted.get("auth_version") not in ("1", "3"):
             wanted["auth_version"] = "3"
         account = Credentials(auth_url=absolute(values.get("auth_address", "")), **wanted)
         if problem := account.problem():
-            problem = problem.replace("auth_url", "auth_address")
-            raise ConfigurationError(f"option accounts_file: {path}, section [{name}]: {problem}")
+            option = problem[0].replace("auth_url", "auth_address")
+            raise ConfigurationError(f"option accounts_file: {path}, section [{name}], {option}: {problem[1]}")
         accounts[name] = account
     return accounts
 
@@ -382,7 +387,7 @@ class Stream:
 
 
 class Body:
-    """Bytes to send, in pieces: a socket's time-out is then for each, and not for all of a slow block."""
+    """Bytes to send, in pieces: a socket's time-out is then for each, and does not cut off a block that is slow."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -394,6 +399,10 @@ class Body:
         view = memoryview(self._data)
         for start in range(0, len(view), _PIECE):
             yield view[start : start + _PIECE]
+
+    def forget(self) -> None:
+        """The request is over. Whatever keeps it (a connection its last one, an error its own) keeps no block."""
+        self._data = b""
 
 
 class Wire:
@@ -431,9 +440,12 @@ class Wire:
     ) -> Answer:
         """One request and its answer, whatever its status. Raises what requests and urllib3 raise."""
         connection = self.take()
+        content = Body(data) if data else None
         good = False
         try:
-            response = connection.request(method, path, Body(data) if data else None, dict(headers))
+            response = connection.request(method, path, content, dict(headers))
+            if response.status_code < 300 and _cut_short(response.raw):
+                raise Unavailable("the connection ended within the head of an answer")
             if stream and response.status_code < 300:
                 body = Stream(self, connection, response)
                 connection = None
@@ -446,8 +458,27 @@ class Wire:
             good = True
             return Answer(status=response.status_code, headers=response.headers, body=b"".join(parts))
         finally:
+            if content is not None:
+                content.forget()
             if connection is not None:
                 self.give(connection, good=good)
+
+
+def _cut_short(raw: Any) -> bool:
+    """Whether the server hung up before the end of an answer's headers.
+
+    Python takes the end of the stream for theirs: the last one may then be cut off, and others be missing, such as the
+    one that tells an image from a manifest. Who is not told how long an answer is, or finds the connection closed where
+    nobody has said that it would be, has not seen the end of the headers.
+    """
+    if raw.version < 11 or "close" in raw.headers.get("Connection", "").lower():
+        return False
+    sock = getattr(raw.connection, "sock", None)
+    if sock is None:
+        return True
+    wait = require("urllib3.util.wait", extra="swift")
+    # Not the method of a TLS socket, which can't look ahead.
+    return wait.wait_for_read(sock, 0) and not socket.socket.recv(sock, 1, socket.MSG_PEEK)
 
 
 class Wires:
@@ -475,6 +506,8 @@ class Wires:
         connection = client.HTTPConnection(origin, cacert=self._cacert, timeout=timeout)
         # A redirect would take the token to whatever server it names.
         connection.requests_args["allow_redirects"] = False
+        # What one user is given must not come back with another one's requests.
+        connection.request_session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         return connection
 
     def close(self) -> None:

@@ -36,11 +36,7 @@ import json
 import re
 import secrets
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -62,6 +58,7 @@ from imagestore.driver import (
     require,
 )
 from imagestore.drivers._swift_account import (
+    ACCOUNT_KEYS,
     BoundLogin,
     Client,
     Credentials,
@@ -70,7 +67,24 @@ from imagestore.drivers._swift_account import (
     Wires,
     absolute,
     client_of,
+    failure,
     read_accounts,
+)
+from imagestore.drivers._swift_objects import (
+    META,
+    NESTED,
+    Container,
+    Facts,
+    describe,
+    encode_metadata,
+    error_of,
+    etag_of,
+    is_static,
+    json_object,
+    moment_of,
+    no_container,
+    pages,
+    token_of,
 )
 from imagestore.errors import (
     AlreadyExists,
@@ -80,14 +94,9 @@ from imagestore.errors import (
     DigestMismatch,
     IntegrityError,
     InvalidLocation,
-    InvalidOption,
-    InvalidRequest,
     NotFound,
-    PermissionDenied,
-    RateLimited,
     SizeMismatch,
     StoreError,
-    StoreFull,
     StoreTimeout,
     Unauthenticated,
     Unavailable,
@@ -99,54 +108,12 @@ __all__ = ["SwiftDriver"]
 _CHUNK: Final = 256 * 1024
 _MIB: Final = 1024 * 1024
 _COPY_PIECE: Final = 64 * _MIB
-_PAGE: Final = 1000
-_BULK: Final = 500
-_DAY: Final = 86400
-
-_TOKEN: Final = re.compile(r"[0-9a-f]{32}")
 _CONTAINER: Final = re.compile(r"[^/?#%@\x00-\x1f\x7f-\x9f\s]{1,256}")
 _PREFIX: Final = re.compile(r"\.[A-Za-z0-9._-]{1,60}")
 _REFERENCE: Final = re.compile(r"[^/?#%@:\x00-\x1f\x7f-\x9f\s]{1,200}")
 _ADDRESS: Final = re.compile(r"[^/?#@\x00-\x20\x7f-\x9f]+(?:/[^?#@\x00-\x20\x7f-\x9f]*)?")
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]+)-([0-9]+)/([0-9]+)")
 _DLO_SEGMENT: Final = re.compile(r"(.+)-[0-9]{5}")
-
-_NESTED: Final = "manifest-"
-_META: Final = "X-Object-Meta-Imagestore-"
-_META_VALUE: Final = 240
-_META_TOTAL: Final = 3000
-
-_FAILURES: Final[Mapping[int, type[StoreError]]] = {
-    401: Unauthenticated,
-    403: PermissionDenied,
-    404: NotFound,
-    405: Unsupported,
-    408: StoreTimeout,
-    409: Unavailable,
-    412: Changed,
-    413: StoreFull,
-    416: Changed,
-    422: DigestMismatch,
-    429: RateLimited,
-    498: RateLimited,
-    499: Unavailable,
-    501: Unsupported,
-    504: StoreTimeout,
-    507: StoreFull,
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Facts:
-    """What a server can do, as it says itself; the defaults hold for one that says nothing."""
-
-    segments: int = 1000
-    segment_min: int = _MIB
-    object_max: int = 5 * 1024**3 + 2  # Swift's own default
-    bulk_delete: bool = False
-    digests: tuple[str, ...] = ("sha256", "sha1")
-    conditional: bool = False
-    """It knows ``If-None-Match: *``; so far only OpenStack's own does, which also nests manifests and copies ranges."""
 
 
 class SwiftDriver(Driver):
@@ -259,7 +226,7 @@ class SwiftDriver(Driver):
                 "Further places whose images may be read and deleted by location, each a location up to the container: "
                 "swift+https://former-auth-address/v3/container or swift+config://reference/container. A star at the "
                 "end of the container stands for any rest. What is there is looked for with the credentials of this "
-                "store (or of that reference); the address is never connected to."
+                "store (or of that reference, with an accounts file); the address is never connected to."
             ),
         ),
         cfg.StrOpt(
@@ -289,6 +256,8 @@ class SwiftDriver(Driver):
             region=settings.region or None,
             override=self._check_url("endpoint", settings.endpoint),
         )
+        # The section of the accounts file that is this store's own; there is but one account without.
+        self._reference: str = settings.reference if settings.accounts_file else ""
         self._credentials = self._read_credentials()
         self._root = self._own_root()
         self._accepted = [self._read_accepted(text) for text in settings.accept_locations or ()]
@@ -316,22 +285,10 @@ class SwiftDriver(Driver):
             if not _REFERENCE.fullmatch(settings.reference or ""):
                 raise self.invalid_option("reference", "the name of a section, without blanks and without / ? # % @ :")
             return None
-        credentials = Credentials(
-            auth_url=self._check_url("auth_url", settings.auth_url) or "",
-            auth_version=settings.auth_version,
-            user=settings.user,
-            key=settings.key,
-            user_domain_id=settings.user_domain_id,
-            user_domain_name=settings.user_domain_name,
-            project_domain_id=settings.project_domain_id,
-            project_domain_name=settings.project_domain_name,
-            project_name=settings.project_name,
-            project_id=settings.project_id,
-            application_credential_id=settings.application_credential_id,
-            application_credential_secret=settings.application_credential_secret,
-        )
+        values = {key: getattr(settings, key) for key in ACCOUNT_KEYS}
+        credentials = Credentials(auth_url=self._check_url("auth_url", settings.auth_url) or "", **values)
         if problem := credentials.problem():
-            raise InvalidOption(f"option {problem}" if problem.startswith("auth_url") else f"option user: {problem}")
+            raise self.invalid_option(*problem)
         return credentials
 
     def _own_root(self) -> str:
@@ -352,12 +309,13 @@ class SwiftDriver(Driver):
         if "*" in name or not _CONTAINER.fullmatch(name or "x"):
             raise self.invalid_option("accept_locations", "a container has no blanks, and a star only at its end")
         if scheme.lower() == "swift+config":
-            return f"swift+config://{rest}", rest, container
-        return _location_root(f"{_web_scheme(scheme)}://{rest}"), self._default_reference, container
+            return f"swift+config://{rest}", rest if self.settings.accounts_file else "", container
+        return _location_root(f"{_web_scheme(scheme)}://{rest}"), self._reference, container
 
     @property
-    def _default_reference(self) -> str:
-        return self.settings.reference if self.settings.accounts_file else ""
+    def _own(self) -> str:
+        """Where new images go: a storage URL with ``multi_tenant``, and a reference else."""
+        return self._root if self._multi else self._reference
 
     # Connecting
 
@@ -370,16 +328,16 @@ class SwiftDriver(Driver):
         """
         keep = self.limits.workers + 4
         self._wires = Wires(self.settings.cacert or None, self.timeouts, keep)
-        self._facts: dict[str, _Facts] = {}
+        self._facts: dict[str, Facts] = {}
         self._clients: dict[str, Client] = {}
         self._lock = threading.Lock()
         try:
             if self._multi:
                 # What the server can do is found out when it is known, which is by `bind`.
-                self.capabilities = self._capabilities(_Facts(conditional=True, segment_min=1))
+                self.capabilities = self._capabilities(Facts(conditional=True, segment_min=1))
                 return
             self._accounts = self._read_accounts()
-            client = self._client(self._default_reference)
+            client = self._client(self._reference)
             self.capabilities = self._capabilities(self._facts_of(client))
             if not self._seed:
                 self._look_for_container(client)
@@ -401,7 +359,7 @@ class SwiftDriver(Driver):
         answer = client("HEAD", f"/{quote(self._base)}", ok=(403, 404))
         if answer.status == 404:
             if not self.settings.create_container:
-                raise _no_container(self._base)
+                raise no_container(self._base)
             client("PUT", f"/{quote(self._base)}")
 
     def close(self) -> None:
@@ -439,7 +397,7 @@ class SwiftDriver(Driver):
                 self._clients[reference] = client
             return client
 
-    def _facts_of(self, client: Client) -> _Facts:
+    def _facts_of(self, client: Client) -> Facts:
         """What the server can do; asked once for each server."""
         url = client.storage_url()
         root = url[: url.rindex("/v1")] if "/v1" in urlsplit(url).path else url
@@ -448,19 +406,21 @@ class SwiftDriver(Driver):
             known = self._facts[root] = self._ask_facts(client, root)
         return known
 
-    def _ask_facts(self, client: Client, root: str) -> _Facts:
+    def _ask_facts(self, client: Client, root: str) -> Facts:
         answer = self._wires.of(root).send("GET", f"{urlsplit(root).path}/info", {}, None)
-        told = _json_object(answer.body) if answer.status == 200 else {}
+        if answer.status >= 500 or answer.status in (408, 429, 498):
+            raise failure(answer)
+        told = json_object(answer.body) if answer.status == 200 else {}
         if told and "slo" not in told:
             raise ConfigurationError("this server has no static large objects (the middleware slo)")
-        usual = _Facts()
+        usual = Facts()
         slo = told.get("slo", {})
         # A value that only a server which knows the header finds wrong; those that don't store an empty object.
         probe = f"/{quote(self._base)}/{self._prefix}/probe"
         refused = client("PUT", probe, {"If-None-Match": '"imagestore"'}, ok=(400, 403, 404, 409, 412))
         if refused.status < 300:
             client("DELETE", probe, ok=(404,))
-        return _Facts(
+        return Facts(
             segments=int(slo.get("max_manifest_segments", usual.segments)),
             segment_min=max(1, int(slo.get("min_segment_size", 1 if told else usual.segment_min))),
             object_max=int(told.get("swift", {}).get("max_file_size", usual.object_max)),
@@ -469,7 +429,7 @@ class SwiftDriver(Driver):
             conditional=refused.status == 400 and b"If-None-Match" in refused.body,
         )
 
-    def _capabilities(self, facts: _Facts) -> Capabilities:
+    def _capabilities(self, facts: Facts) -> Capabilities:
         return Capabilities(
             parallel_writes=self.limits.workers,
             block_min=facts.segment_min,
@@ -550,19 +510,18 @@ class SwiftDriver(Driver):
         return f"{self._base}_{text[: self._seed + text[: self._seed].count('-')]}"
 
     def _place(self, image_id: str) -> Location:
-        base = self._root if self._multi and self._bound is not None else self._default_reference
-        self._client(base)
-        return self._located(base, self._container_name(image_id), image_id)
+        self._client(self._own)
+        return self._located(self._own, self._container_name(image_id), image_id)
 
-    def _container(self, base: str, name: str) -> _Container:
+    def _container(self, base: str, name: str) -> Container:
         """``base`` is a storage URL with ``multi_tenant``, and a reference else."""
         client = self._client(base)
         if self._multi and _without_account(base) != _without_account(self._root):
             raise InvalidLocation("this store reaches only the Swift that its user's catalog names")
         url = base if self._multi else None
-        return _Container(client, self._facts_of(client), name, self._prefix, url, own=url in (None, self._root))
+        return Container(client, self._facts_of(client), name, self._prefix, url, own=url in (None, self._root))
 
-    def _at(self, location: Location) -> tuple[_Container, str]:
+    def _at(self, location: Location) -> tuple[Container, str]:
         base, container, name = location.key
         return self._container(base, container), name
 
@@ -580,7 +539,7 @@ class SwiftDriver(Driver):
         headers = container.head(name)
         if headers is None:
             raise NotFound("there is no such image")
-        return _describe(headers, name, container.size(headers))
+        return describe(headers, name, container.size(headers))
 
     def read(self, location: Location, start: int, stop: int | None, /, version: str | None = None) -> Reading:
         """Open the object. A manifest is put together by the server."""
@@ -596,7 +555,7 @@ class SwiftDriver(Driver):
                 first, size = int(told[1]), int(told[3])
             else:
                 first, size = 0, container.size(answer.headers)
-            stat = _describe(answer.headers, name, size)
+            stat = describe(answer.headers, name, size)
             if version is not None and stat.version != version:
                 raise Changed("the image was replaced")
             end = size if stop is None else min(stop, size)
@@ -611,51 +570,44 @@ class SwiftDriver(Driver):
     def list(self) -> Iterator[StoredImage]:
         """The objects without a slash in their names, but for the segments that Glance keeps beside its images."""
         for container in self._containers():
-            base = self._root if self._multi else self._default_reference
-            dynamic: str | None = None
+            dynamic: set[str] = set()
             for entry in container.entries(delimiter="/"):
                 name = entry.get("name", "")
                 if not IMAGE_ID.fullmatch(name) or self._container_name(name) != container.name:
                     continue
                 size = entry.get("bytes") or None
                 segment = _DLO_SEGMENT.fullmatch(name)
-                if segment and segment[1] == dynamic:
+                if segment and segment[1] in dynamic:
                     continue
                 if not size and self._is_dynamic(container, name):
-                    dynamic = name
+                    dynamic.add(name)
                 if not container.facts.conditional:
                     size = None  # Ceph tells the length of the manifest
-                location = self._located(base, container.name, name)
-                yield StoredImage(image_id=name, location=location, size=size, modified=_moment(entry))
+                location = self._located(self._own, container.name, name)
+                yield StoredImage(image_id=name, location=location, size=size, modified=moment_of(entry))
 
-    def _is_dynamic(self, container: _Container, name: str) -> bool:
+    def _is_dynamic(self, container: Container, name: str) -> bool:
         headers = container.head(name)
         return headers is not None and "X-Object-Manifest" in headers
 
-    def _containers(self) -> Iterator[_Container]:
-        base = self._root if self._multi and self._bound is not None else self._default_reference
-        client = self._client(base)
+    def _containers(self) -> Iterator[Container]:
+        client = self._client(self._own)
         if not self._seed and not self._multi:
-            yield self._container(base, self._base)
+            yield self._container(self._own, self._base)
             return
-        for entry in _pages(client, "", prefix=f"{self._base}_"):
+        for entry in pages(client, "", prefix=f"{self._base}_"):
             if _CONTAINER.fullmatch(entry["name"]):
-                container = self._container(base, entry["name"])
+                container = self._container(self._own, entry["name"])
                 container.empty = entry.get("count") == 0
                 yield container
 
     def usage(self) -> Usage:
         """What the container holds and may hold; of the account where there are many containers."""
-        base = self._root if self._multi else self._default_reference
-        client = self._client(base)
-        if not self._seed and not self._multi:
-            headers = client("HEAD", f"/{quote(self._base)}").headers
-            quota = _whole(headers.get("X-Container-Meta-Quota-Bytes"))
-            used = _whole(headers.get("X-Container-Bytes-Used"))
-        else:
-            headers = client("HEAD", "").headers
-            quota = _whole(headers.get("X-Account-Meta-Quota-Bytes") or headers.get("X-Account-Quota-Bytes"))
-            used = _whole(headers.get("X-Account-Bytes-Used"))
+        many = self._seed or self._multi
+        kind, path = ("Account", "") if many else ("Container", f"/{quote(self._base)}")
+        headers = self._client(self._own)("HEAD", path).headers
+        quota = _whole(headers.get(f"X-{kind}-Meta-Quota-Bytes") or headers.get(f"X-{kind}-Quota-Bytes"))
+        used = _whole(headers.get(f"X-{kind}-Bytes-Used"))
         if quota is None or used is None:
             return Usage(used=used)
         return Usage(total=max(quota, used), used=used, free=max(0, quota - used))
@@ -716,10 +668,7 @@ class SwiftDriver(Driver):
     def copy(self, location: Location, image_id: str, hints: Hints, /) -> Location:
         """Copy inside the server: into segments of its own, however the image is kept."""
         source, name = self._at(location)
-        headers = source.head(name)
-        if headers is None:
-            raise NotFound("there is no such image")
-        stat = _describe(headers, name, source.size(headers))
+        stat = self.stat(location)
         piece = _COPY_PIECE if source.facts.conditional else source.facts.object_max
         if source.url() != self._container(*self._place(image_id).key[:2]).url():
             raise Unsupported("a copy inside the server stays inside one account")
@@ -729,8 +678,7 @@ class SwiftDriver(Driver):
         try:
             for index, start in enumerate(range(0, stat.size, piece)):
                 upload.copy(index, source.path(name), start, min(piece, stat.size - start), whole=stat.size <= piece)
-            again = source.head(name)
-            if again is None or _describe(again, name, stat.size).version != stat.version:
+            if self.stat(location).version != stat.version:
                 raise Changed("the image was replaced while it was copied")
             upload.commit(stat.size)
         except BaseException:
@@ -746,14 +694,14 @@ class SwiftDriver(Driver):
         headers = container.head(name)
         if headers is None:
             raise NotFound("there is no such image")
-        token = _token_of(headers, name)
-        if _is_static(headers) and token:
+        token = token_of(headers, name)
+        if is_static(headers) and token:
             container.mark(token, name, "delete")
             # A listing may lack what was stored lately; the manifest lacks nothing.
             segments = container.listed_in(name, token)
             container.remove(name)
             container.remove_upload(token, segments)
-        elif _is_static(headers) and not headers.get(f"{_META}Token"):
+        elif is_static(headers) and not headers.get(f"{META}Token"):
             self._delete_foreign(container, name)
         elif "X-Object-Manifest" in headers:
             self._delete_dynamic(container, name, headers["X-Object-Manifest"])
@@ -762,7 +710,7 @@ class SwiftDriver(Driver):
         if self._multi:
             container.remove_container()
 
-    def _delete_foreign(self, container: _Container, name: str) -> None:
+    def _delete_foreign(self, container: Container, name: str) -> None:
         """A manifest of somebody else: a copy of it is the mark, and keeps its segments known until they are gone."""
         token = secrets.token_hex(16)
         if container.copy_manifest(name, container.mark_name(token), token):
@@ -771,7 +719,7 @@ class SwiftDriver(Driver):
         else:
             container.remove_manifest(name)
 
-    def _delete_dynamic(self, container: _Container, name: str, manifest: str) -> None:
+    def _delete_dynamic(self, container: Container, name: str, manifest: str) -> None:
         target = unquote(manifest)
         token = secrets.token_hex(16)
         container.mark(token, name, "dynamic", target)
@@ -781,7 +729,7 @@ class SwiftDriver(Driver):
 
     def uploads(self) -> Iterator[Leftover]:
         """All that has a mark; with ``multi_tenant`` also containers that were made for an upload and are empty."""
-        base = self._root if self._multi else self._default_reference
+        base = self._own
         for container in self._containers():
             found = False
             for token, claimed in container.marks():
@@ -809,7 +757,7 @@ class SwiftDriver(Driver):
         requests = require("requests.exceptions", extra="swift")
         urllib3 = require("urllib3.exceptions", extra="swift")
         if isinstance(error, client.ClientException):
-            return _refused(error)
+            return error_of(error)
         if isinstance(error, requests.SSLError):
             return ConfigurationError("the server's certificate can't be verified: see the option cacert")
         if isinstance(error, (requests.Timeout, urllib3.TimeoutError, TimeoutError)):
@@ -821,297 +769,10 @@ class SwiftDriver(Driver):
         return None
 
 
-class _Container:
-    """One container: its objects, and the marks in it.
-
-    Attributes:
-        base: the storage URL of another account than the client's; None for that.
-        make: headers to create the container with where it is missing; None: it is not created.
-        empty: it was listed as one without objects.
-    """
-
-    def __init__(
-        self, client: Client, facts: _Facts, name: str, prefix: str, base: str | None, *, own: bool = True
-    ) -> None:
-        self.client = client
-        self.facts = facts
-        self.name = name
-        self.base = base
-        self.make: dict[str, str] | None = None
-        self.empty = False
-        self._prefix = prefix
-        self._own = own
-
-    def url(self) -> str:
-        return self.base or self.client.storage_url()
-
-    def path(self, name: str | None = None) -> str:
-        if name is None:
-            return f"/{quote(self.name)}"
-        if any(part in (".", "..") for part in name.split("/")):
-            raise InvalidLocation("the name of an object has a component '.' or '..'")
-        return f"/{quote(self.name)}/{quote(name)}"
-
-    # Objects
-
-    def head(self, name: str) -> Mapping[str, str] | None:
-        missing = (404,) if self._own else (403, 404)  # who may not see others' objects is not told whether they are
-        answer = self.client("HEAD", self.path(name), base=self.base, ok=missing)
-        return None if answer.status in missing else answer.headers
-
-    def get(self, name: str, headers: Mapping[str, str]) -> Any:
-        try:
-            return self.client("GET", self.path(name), headers, base=self.base, stream=True)
-        except Exception as error:
-            status = getattr(error, "http_status", None)
-            if status == 404 or (status == 403 and not self._own):
-                raise NotFound("there is no such image") from error
-            if status == 409:
-                # For a moment it is so when it is being deleted.
-                raise IntegrityError("segments of the image are missing or were changed", temporary=True) from error
-            raise
-
-    def size(self, headers: Mapping[str, str]) -> int:
-        """The length that an answer tells; Swift tells none of a dynamic large object with many segments."""
-        if "Content-Length" in headers:
-            return int(headers["Content-Length"])
-        container, _, prefix = unquote(headers.get("X-Object-Manifest", "")).partition("/")
-        if not prefix:
-            raise StoreError("the server does not tell the length of the image")
-        pages = _pages(self.client, f"/{quote(container)}", prefix=prefix, base=self.base)
-        return sum(int(entry.get("bytes", 0)) for entry in pages)
-
-    def put(
-        self, name: str, data: bytes, headers: Mapping[str, str], query: str = "", *, ok: tuple[int, ...] = ()
-    ) -> Any:
-        """Store an object. A missing container is made, or named in the error."""
-        path = self.path(name) + query
-        answer = self.client("PUT", path, headers, data, base=self.base, ok=(404, *ok))
-        if answer.status == 404 and not query:
-            if self.make is None:
-                raise _no_container(self.name)
-            self.client("PUT", self.path(), self.make, base=self.base)
-            # Another adder of the same id may just have removed it, which a later attempt will not meet again.
-            answer = self.client("PUT", path, headers, data, base=self.base, ok=(404, *ok))
-            if answer.status == 404:
-                raise Unavailable(f"the container {self.name} was removed by somebody else")
-        return answer
-
-    def remove(self, name: str, query: str = "") -> bool:
-        """False if it was not there."""
-        return self.client("DELETE", self.path(name) + query, base=self.base, ok=(404,)).status != 404
-
-    def entries(self, prefix: str = "", delimiter: str = "") -> Iterator[dict[str, Any]]:
-        """A listing; nothing of a container that is not there."""
-        return _pages(self.client, self.path(), prefix=prefix, delimiter=delimiter, base=self.base)
-
-    def remove_all(self, names: Sequence[str], container: str | None = None) -> None:
-        """Delete many objects of this or another container; what is not there is deleted already."""
-        where = container or self.name
-        if not self.facts.bulk_delete:
-            for name in names:
-                _Container(self.client, self.facts, where, self._prefix, self.base).remove(name)
-            return
-        headers = {"Content-Type": "text/plain", "Accept": "application/json"}
-        for start in range(0, len(names), _BULK):
-            part = names[start : start + _BULK]
-            body = "".join(f"{quote(f'/{where}/{name}')}\n" for name in part).encode()
-            # The status says nothing: it is sent before the work begins.
-            _judge(self.client("POST", "?bulk-delete", headers, body, base=self.base).body)
-
-    def remove_manifest(self, name: str) -> None:
-        """Let the server delete a manifest with all that it lists: the segments first, the name last."""
-        path = f"{self.path(name)}?multipart-manifest=delete"
-        _judge(self.client("DELETE", path, {"Accept": "application/json"}, base=self.base, ok=(404,)).body)
-
-    def copy_manifest(self, name: str, to: str, token: str) -> bool:
-        """Store a manifest under a second name. False where the server does not show it."""
-        query = "?multipart-manifest=get&format=raw"
-        answer = self.client("GET", self.path(name) + query, base=self.base)
-        if not answer.body.startswith(b"["):
-            return False
-        headers = {f"{_META}Token": token, f"{_META}Id": name, f"{_META}Kind": "foreign"}
-        copied = self.client(
-            "PUT", f"{self.path(to)}?multipart-manifest=put", headers, answer.body, base=self.base, ok=(400, 413)
-        )
-        return bool(copied.status < 300)
-
-    def listed_in(self, name: str, token: str) -> set[str]:
-        """The segments of an upload that a manifest lists; none where the server does not show it."""
-        query = "?multipart-manifest=get&format=raw"
-        answer = self.client("GET", self.path(name) + query, base=self.base, ok=(404,))
-        found: set[str] = set()
-        with contextlib.suppress(ValueError):
-            told = json.loads(answer.body) if answer.status == 200 else []
-            paths = [str(entry.get("path", "")) for entry in told]
-            found.update(path.removeprefix(f"/{self.name}/") for path in paths)
-        found = {each for each in found if each.startswith(self.segment(token, ""))}
-        for each in [each for each in found if each.startswith(self.segment(token, _NESTED))]:
-            found |= self.listed_in(each, token)
-        return found
-
-    def remove_dynamic(self, target: str, image_id: str) -> None:
-        """Delete the segments of a dynamic large object, as far as they can be nobody else's.
-
-        That is what Glance puts beside an image, ``<id>-00001``, and what swift's own command puts below the image's
-        name into this container or ``<container>_segments``.
-        """
-        container, _, prefix = target.partition("/")
-        if prefix == f"{image_id}-" and container == self.name:
-            pattern = re.compile(re.escape(prefix) + "[0-9]{5,}")
-        elif prefix.startswith(f"{image_id}/") and container in (self.name, f"{self.name}_segments"):
-            pattern = re.compile(re.escape(prefix) + ".*")
-        else:
-            return
-        pages = _pages(self.client, f"/{quote(container)}", prefix=prefix, base=self.base)
-        names = [name for entry in pages if pattern.fullmatch(name := entry.get("name", ""))]
-        self.remove_all(names, container)
-
-    def remove_container(self) -> None:
-        """If nothing is in it."""
-        with contextlib.suppress(Exception):
-            self.client("DELETE", self.path(), base=self.base, ok=(404, 409))
-
-    # Marks
-
-    def mark_name(self, token: str) -> str:
-        return f"{self._prefix}/marks/{token}"
-
-    def segment(self, token: str, name: str) -> str:
-        return f"{self._prefix}/{token}/{name}"
-
-    def mark(self, token: str, image_id: str, kind: str, body: str = "") -> None:
-        headers = {f"{_META}Token": token, f"{_META}Id": image_id, f"{_META}Kind": kind}
-        self.put(self.mark_name(token), body.encode(), headers)
-
-    def unmark(self, token: str) -> None:
-        # The claim goes first: one that stays alone is that of a discarded upload.
-        self.remove(f"{self.mark_name(token)}.claim")
-        self.remove(self.mark_name(token))
-
-    def marks(self) -> Iterator[tuple[str, bool]]:
-        """The tokens of all marks, and whether nothing but the claim is left of one."""
-        prefix = self.mark_name("")
-        last = ""
-        for entry in self.entries(prefix=prefix):
-            name = entry.get("name", "").removeprefix(prefix)
-            token = name.removesuffix(".claim")
-            if _TOKEN.fullmatch(token) and token != last:
-                last = token
-                yield token, name != token
-
-    def segments(self, token: str) -> list[dict[str, Any]]:
-        return list(self.entries(prefix=self.segment(token, "")))
-
-    def claim(self, token: str, who: str) -> None:
-        """Say that an upload shall be decided by ``who`` (commit or discard), unless somebody has said so before."""
-        name = f"{self.mark_name(token)}.claim"
-        headers = {f"{_META}Token": token, f"{_META}Claim": who}
-        if who == "discard":
-            headers["X-Delete-After"] = str(_DAY)
-        if self.facts.conditional:
-            self.put(name, b"", {**headers, "If-None-Match": "*"}, ok=(412,))
-        elif self.head(name) is None:
-            self.put(name, b"", headers)
-
-    def claimed(self, token: str) -> str:
-        """Who has it. To be asked one request after `claim`: of two claims in one moment the later one stays."""
-        headers = self.head(f"{self.mark_name(token)}.claim")
-        if headers is None:
-            raise Unavailable("the claim of the upload came and went")
-        return headers.get(f"{_META}Claim", "")
-
-    def stands(self, token: str, image_id: str) -> bool:
-        """Whether an upload's image is there."""
-        headers = self.head(image_id)
-        return headers is not None and _token_of(headers, image_id) == token
-
-    def leftover(self, token: str, base: str, *, claimed: bool) -> Leftover | None:
-        """What a mark of ours tells; None if it is no mark of ours, or nothing is left but its claim."""
-        headers = self.head(f"{self.mark_name(token)}{'.claim' if claimed else ''}")
-        if headers is None or headers.get(f"{_META}Token") != token:
-            return None
-        held = self.segments(token)
-        if claimed and not held:
-            return None
-        image_id = headers.get(f"{_META}Id", "")
-        started = _http_moment(headers.get("Last-Modified"))
-        moments = [moment for entry in held if (moment := _moment(entry))]
-        return Leftover(
-            token=token,
-            image_id=image_id if IMAGE_ID.fullmatch(image_id) else None,
-            bytes=sum(int(entry.get("bytes", 0)) for entry in held),
-            started=started,
-            last_activity=max([*moments, *([started] if started else [])], default=None),
-            key=(base, self.name),
-        )
-
-    def discard(self, token: str) -> None:
-        headers = self.head(self.mark_name(token))
-        if headers is None:
-            if self.head(f"{self.mark_name(token)}.claim") is not None:
-                self.remove_segments(token)
-            return
-        image_id, kind = headers.get(f"{_META}Id", ""), headers.get(f"{_META}Kind")
-        if headers.get(f"{_META}Token") != token or not IMAGE_ID.fullmatch(image_id):
-            return
-        if kind == "foreign":
-            self._discard_foreign(token, image_id)
-        elif kind == "dynamic":
-            target = self.client("GET", self.path(self.mark_name(token)), base=self.base).body.decode()
-            there = self.head(image_id)
-            if there is None or unquote(there.get("X-Object-Manifest", "")) != target:
-                self.remove_dynamic(target, image_id)
-            self.unmark(token)
-        elif self.stands(token, image_id):
-            self.unmark(token)
-        else:
-            self._discard_upload(token, image_id)
-
-    def _discard_upload(self, token: str, image_id: str) -> None:
-        self.claim(token, "discard")
-        stands = self.stands(token, image_id)
-        if self.claimed(token) == "discard":
-            if stands:
-                self.remove(image_id)
-            self.remove_segments(token)
-            # Not the claim: a commit that is late must find it.
-            self.remove(self.mark_name(token))
-        elif self.stands(token, image_id):
-            self.unmark(token)
-        else:
-            # Committed, and deleted since.
-            self.remove_upload(token)
-
-    def _discard_foreign(self, token: str, image_id: str) -> None:
-        """A manifest of somebody else's image whose delete was cut: the image may still stand on these segments."""
-        mark = self.mark_name(token)
-        ours, theirs = self.head(mark), self.head(image_id)
-        if ours is not None and theirs is not None and _etag(ours) == _etag(theirs):
-            self.remove(mark)
-        else:
-            self.remove_manifest(mark)
-
-    def remove_segments(self, token: str, more: Iterable[str] = ()) -> None:
-        names = {entry.get("name", "") for entry in self.segments(token)} | set(more)
-        if names:
-            self.remove_all(sorted(names))
-
-    def remove_upload(self, token: str, more: Iterable[str] = ()) -> None:
-        """Segments, claim and mark, in this order: until nothing is left, the mark is."""
-        self.remove_segments(token, more)
-        self.unmark(token)
-
-    def made_for(self) -> str | None:
-        headers = self.client("HEAD", self.path(), base=self.base, ok=(404,)).headers
-        token = headers.get("X-Container-Meta-Imagestore-Token", "")
-        return token if _TOKEN.fullmatch(token) else None
-
-
 class _Upload(Upload):
     """An image on its way into a container."""
 
-    def __init__(self, container: _Container, location: Location, hints: Hints, *, several: bool) -> None:
+    def __init__(self, container: Container, location: Location, hints: Hints, *, several: bool) -> None:
         self.location = location
         self._container = container
         self._image_id = location.key[2]
@@ -1119,9 +780,9 @@ class _Upload(Upload):
         self._several = several
         self._headers = {
             "Content-Type": "application/octet-stream",
-            f"{_META}Token": hints.token,
-            f"{_META}Id": self._image_id,
-            **_encode_metadata(hints.metadata),
+            f"{META}Token": hints.token,
+            f"{META}Id": self._image_id,
+            **encode_metadata(hints.metadata),
         }
         self._marked = False
         self._only: Block | None = None
@@ -1155,7 +816,7 @@ class _Upload(Upload):
             refused = 400 <= (getattr(error, "http_status", None) or 0) < 500
             self._doubtful = self._doubtful or not (refused or isinstance(error, StoreError))
             raise
-        etag = _etag(answer.headers)
+        etag = etag_of(answer.headers)
         if digest is not None and etag != digest:
             raise DigestMismatch("the server has another digest of the segment than was sent", temporary=True)
         self._add_segment(block.index, etag, len(block.data))
@@ -1166,7 +827,7 @@ class _Upload(Upload):
         if not whole:
             headers["Range"] = f"bytes={start}-{start + length - 1}"
         answer = self._container.put(self._begin_segment(index), b"", headers)
-        self._add_segment(index, _etag(answer.headers), length)
+        self._add_segment(index, etag_of(answer.headers), length)
 
     def _begin_segment(self, index: int) -> str:
         name = self._container.segment(self._token, f"{index:08d}")
@@ -1239,7 +900,7 @@ class _Upload(Upload):
         if answer.status in (400, 404):
             self._refused(answer.body.decode("utf-8", "replace"))
         digest = headers.get("ETag")
-        if digest and answer.status < 300 and _etag(answer.headers) != digest:
+        if digest and answer.status < 300 and etag_of(answer.headers) != digest:
             container.remove(self._image_id)
             raise DigestMismatch("the server has another digest of the image than was sent", temporary=True)
 
@@ -1248,7 +909,7 @@ class _Upload(Upload):
         headers = self._container.head(self._image_id)
         if headers is None:
             return False
-        if _token_of(headers, self._image_id) == self._token:
+        if token_of(headers, self._image_id) == self._token:
             return True
         raise AlreadyExists("there is an image of that id already")
 
@@ -1268,13 +929,13 @@ class _Upload(Upload):
         above = []
         for number, start in enumerate(range(0, len(entries), limit)):
             part = entries[start : start + limit]
-            name = container.segment(self._token, f"{_NESTED}{number:08d}")
+            name = container.segment(self._token, f"{NESTED}{number:08d}")
             with self._lock:
                 self._tried.add(name)
             answer = container.put(name, json.dumps(part).encode(), {}, "?multipart-manifest=put", ok=(400,))
             if answer.status >= 300:
                 self._refused(answer.body.decode("utf-8", "replace"))
-            above.append(self._entry(name, _etag(answer.headers), sum(int(entry["size_bytes"]) for entry in part)))
+            above.append(self._entry(name, etag_of(answer.headers), sum(int(entry["size_bytes"]) for entry in part)))
         return json.dumps(above).encode()
 
     def _entry(self, name: str, etag: str, size: int) -> dict[str, str | int]:
@@ -1356,142 +1017,6 @@ class _Chunks:
                 self._stream.close()
 
 
-def _pages(
-    client: Client, path: str, *, prefix: str = "", delimiter: str = "", base: str | None = None
-) -> Iterator[dict[str, Any]]:
-    """The entries of a container, or with an empty path the containers of an account."""
-    marker = ""
-    while True:
-        query = f"?format=json&limit={_PAGE}&prefix={quote(prefix, safe='')}&marker={quote(marker, safe='')}"
-        if delimiter:
-            query += f"&delimiter={quote(delimiter, safe='')}"
-        answer = client("GET", path + query, base=base, ok=(404,))
-        if answer.status == 404 or not answer.body:
-            return
-        try:
-            page = json.loads(answer.body)
-        except ValueError as error:
-            raise Unavailable("the server sent a listing that can't be read") from error
-        yield from page
-        if len(page) < _PAGE:
-            return
-        marker = page[-1].get("name") or page[-1].get("subdir")
-
-
-def _judge(body: bytes) -> None:
-    """What a delete of many objects says at its end, where its status was long sent."""
-    text = body.decode("utf-8", "replace").strip()
-    errors: Any = []
-    status = ""
-    try:
-        told = json.loads(text)
-        status, errors = told.get("Response Status", ""), told.get("Errors", [])
-    except ValueError:
-        for line in text.splitlines():
-            if line.startswith("Response Status:"):
-                status = line.partition(":")[2].strip()
-    # Ceph says "400 Bad Request" where all that failed was not there.
-    bad = [error for error in errors if not str(error[1]).startswith("404")]
-    if bad:
-        number = int(str(bad[0][1])[:3]) if str(bad[0][1])[:3].isdigit() else 500
-        kind = _FAILURES.get(number, Unavailable)
-        raise kind(f"{len(bad)} objects could not be deleted: {bad[0][1]}")
-    if status.startswith("5"):
-        raise Unavailable(f"objects could not be deleted: {status}")
-
-
-def _refused(error: Any) -> StoreError:
-    """The meaning of an answer that is no success."""
-    status: int = error.http_status or 0
-    headers = error.http_response_headers or {}
-    text = re.sub(r"(?:<[^>]*>|\s)+", " ", error.http_response_content or "").strip()[:200]
-    transaction = headers.get("X-Trans-Id")
-    message = (
-        f"Swift answered {status}{f': {text}' if text else ''}{f' (transaction {transaction})' if transaction else ''}"
-    )
-    wait = _retry_after(headers.get("Retry-After"))
-    if status in (413, 503) and wait is not None:
-        return RateLimited(message, retry_after=wait)
-    kind = _FAILURES.get(status)
-    if kind is None:
-        if 300 <= status < 400:
-            return ConfigurationError(f"{message}: redirects are not followed, see the option endpoint")
-        kind = Unavailable if status >= 500 else InvalidRequest if status == 400 else StoreError
-    if kind is DigestMismatch:
-        return DigestMismatch(f"what arrived is not what was sent: {message}", temporary=True)
-    return kind(message, retry_after=wait)
-
-
-def _retry_after(text: str | None) -> float | None:
-    """Seconds, or a date (RFC 9110, 10.2.3)."""
-    if not text:
-        return None
-    if text.strip().isdigit():
-        return float(text)
-    moment = _http_moment(text)
-    return None if moment is None else max(0.0, moment.timestamp() - time.time())
-
-
-def _no_container(name: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"the container {name} does not exist: create it (openstack container create {name}), or set the option "
-        "create_container"
-    )
-
-
-def _describe(headers: Mapping[str, str], name: str, size: int) -> Stat:
-    return Stat(
-        size=size,
-        version=_etag(headers) or None,
-        token=_token_of(headers, name),
-        modified=_http_moment(headers.get("Last-Modified")),
-        metadata=_decode_metadata(headers),
-    )
-
-
-def _etag(headers: Mapping[str, str]) -> str:
-    # That of a large object stands in quotes.
-    return headers.get("Etag", "").strip('"')
-
-
-def _is_static(headers: Mapping[str, str]) -> bool:
-    return headers.get("X-Static-Large-Object", "").lower() == "true"
-
-
-def _token_of(headers: Mapping[str, str], name: str) -> str | None:
-    """The token of the upload that made an object; a copy made by others has it too, but another name."""
-    token = headers.get(f"{_META}Token", "")
-    return token if headers.get(f"{_META}Id") == name and _TOKEN.fullmatch(token) else None
-
-
-def _encode_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """As JSON, in as many headers as it needs: Swift gives names no case, and values 256 bytes each."""
-    if not metadata:
-        return {}
-    text = quote(json.dumps(dict(metadata), separators=(",", ":")), safe="{}:,[] ")
-    if len(text) > _META_TOTAL:
-        raise InvalidRequest(f"metadata takes {len(text)} bytes in Swift's headers, of which there are {_META_TOTAL}")
-    parts = [text[start : start + _META_VALUE] for start in range(0, len(text), _META_VALUE)]
-    return {f"{_META}Data-{number}": f"|{part}|" for number, part in enumerate(parts)}
-
-
-def _decode_metadata(headers: Mapping[str, str]) -> Mapping[str, str]:
-    parts: list[str] = []
-    while (part := headers.get(f"{_META}Data-{len(parts)}")) is not None:
-        parts.append(part[1:-1])
-    found = _json_object(unquote("".join(parts)))
-    return {name: text for name, text in found.items() if isinstance(text, str)}
-
-
-def _json_object(text: str | bytes) -> dict[str, Any]:
-    """What a text of JSON says; nothing if it is none, or no object."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _location_root(url: str) -> str:
     """The text of a location up to the container, for an address: scheme and host in lower case."""
     scheme, _, rest = url.partition("://")
@@ -1509,19 +1034,3 @@ def _without_account(url: str) -> str:
 
 def _whole(text: str | None) -> int | None:
     return int(text) if text and text.isdigit() else None
-
-
-def _moment(entry: Mapping[str, Any]) -> datetime | None:
-    """When an entry of a listing was stored: ISO 8601 without a zone, which is UTC."""
-    try:
-        moment = datetime.fromisoformat(str(entry.get("last_modified", "")))
-    except ValueError:
-        return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _http_moment(text: str | None) -> datetime | None:
-    try:
-        return parsedate_to_datetime(text) if text else None
-    except ValueError:
-        return None

@@ -19,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {
+    "log_level": "WARNING",  # with INFO each server writes a line for each request
     "max_file_size": "5368709122",  # the longest object, in bytes
     "max_manifest_segments": "1000",
     "client_timeout": "60",  # seconds that the proxy waits for bytes of a request
@@ -46,6 +47,7 @@ bind_port = {port}
 workers = 0
 user = {user}
 log_name = {kind}
+log_level = {log_level}
 eventlet_debug = false
 fallocate_reserve = 0
 [pipeline:main]
@@ -63,7 +65,7 @@ recon_cache_path = {place}/cache
 AUTHENTICATION = {"proxy": "tempauth", "proxy-v3": "authtoken keystoneauth"}
 
 PIPELINE = (
-    "catch_errors gatekeeper healthcheck proxy-logging cache listing_formats bulk tempurl {authentication} copy "
+    "catch_errors gatekeeper healthcheck cache listing_formats bulk tempurl {authentication} copy "
     "container-quotas account-quotas slo dlo versioned_writes symlink proxy-server"
 )
 
@@ -75,6 +77,7 @@ bind_port = {port}
 workers = 0
 user = {user}
 log_name = {name}
+log_level = {log_level}
 eventlet_debug = false
 client_timeout = {client_timeout}
 [pipeline:main]
@@ -95,8 +98,6 @@ use = egg:swift#catch_errors
 use = egg:swift#gatekeeper
 [filter:healthcheck]
 use = egg:swift#healthcheck
-[filter:proxy-logging]
-use = egg:swift#proxy_logging
 [filter:cache]
 use = egg:swift#memcache
 memcache_servers = 127.0.0.1:{cache_port}
@@ -225,7 +226,8 @@ class Servers:
         user = pwd.getpwuid(os.getuid()).pw_name
         (etc / "swift.conf").write_text(SWIFT.format(suffix=os.urandom(8).hex(), **self.settings))
         for kind in ("account", "container", "object"):
-            text = BACKEND.format(place=self.place, kind=kind, port=self.ports[kind], user=user)
+            values = {"place": self.place, "kind": kind, "port": self.ports[kind], "user": user}
+            text = BACKEND.format(**values, **self.settings)
             (etc / f"{kind}.conf").write_text(text)
         for name, authentication in AUTHENTICATION.items():
             text = PROXY.format(
@@ -285,20 +287,9 @@ class Servers:
                 f"{prefix}_PROJECT_NAME": name,
                 f"{prefix}_PROJECT_ID": ids[name],
             }
-        values["ST_TEMP_URL_KEY"] = os.urandom(16).hex()
-        self.set_temp_url_key(values["ST_TEMP_URL_KEY"])
         text = "".join(f"{name}={value}\n" for name, value in values.items())
         (self.place / "env").write_text(text)
         print(text, end="")
-
-    def set_temp_url_key(self, key: str) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports["proxy"], timeout=10)
-        connection.request("GET", "/auth/v1.0", headers={"X-Auth-User": "test:tester", "X-Auth-Key": "testing"})
-        token = connection.getresponse().getheader("X-Auth-Token")
-        connection.close()
-        connection.request("POST", "/v1/TEMP_test", headers={"X-Auth-Token": token, "X-Account-Meta-Temp-Url-Key": key})
-        assert connection.getresponse().status == 204
-        connection.close()
 
     # Running
 

@@ -6,14 +6,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-
-pytest.importorskip("swiftclient", reason="the Swift driver needs python-swiftclient")
-
 from swiftclient.exceptions import ClientException
 
 from imagestore.driver import Options
 from imagestore.drivers import _swift_account as account
-from imagestore.drivers import swift
+from imagestore.drivers import _swift_objects as objects
 from imagestore.drivers.swift import SwiftDriver
 from imagestore.errors import (
     ConfigurationError,
@@ -150,6 +147,15 @@ def test_accepted_references_and_patterns():
             made.parse(uri)
 
 
+def test_accepted_references_without_accounts():
+    """Of a time when there was a file: the one account that is configured has the images now."""
+    made = driver(**KEYSTONE, accept_locations=["swift+config://ref1/glance"])
+    assert made.parse("swift+config://ref1/glance/image") == made.parse(OWN)
+    for uri in ("swift+config://ref2/glance/image", "swift+config://ref1/other/image"):
+        with pytest.raises(InvalidLocation):
+            made.parse(uri)
+
+
 @pytest.mark.parametrize(
     ("seed", "image_id", "container"),
     [
@@ -198,7 +204,7 @@ def user(catalog, token="t"):
 @pytest.fixture
 def bound(monkeypatch):
     made = driver(multi_tenant=True, region="one")
-    monkeypatch.setattr(SwiftDriver, "_ask_facts", lambda *_: swift._Facts())
+    monkeypatch.setattr(SwiftDriver, "_ask_facts", lambda *_: objects.Facts())
     made.open()
     return made
 
@@ -274,9 +280,9 @@ def test_accounts(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[ref1]\nuser = a:b\nkey = secret\n", r"\[ref1\]: auth_address is not set"),
-        ("[ref1]\nauth_address = x\nuser = a:b\n", r"\[ref1\]: neither"),
-        ("[ref1]\nauth_address = x\nuser = b\nkey = secret\n", r"\[ref1\]: user has"),
+        ("[ref1]\nuser = a:b\nkey = secret\n", r"\[ref1\], auth_address: is not set"),
+        ("[ref1]\nauth_address = x\nuser = a:b\n", r"\[ref1\], user: neither"),
+        ("[ref1]\nauth_address = x\nuser = b\nkey = secret\n", r"\[ref1\], user: has the form"),
         ("key = secret\n", "can't be read: MissingSectionHeaderError"),
     ],
 )
@@ -371,8 +377,27 @@ def test_body_in_pieces():
     assert len(body) == 600_000
     pieces = list(body)
     assert sum(map(len, pieces)) == 600_000
-    assert max(map(len, pieces)) == 256 * 1024
+    assert max(map(len, pieces)) == 64 * 1024
     assert list(body) == pieces, "a body must be readable twice"
+
+
+def test_idle_connections_keep_no_block():
+    """Each remembers its last request."""
+
+    class Connection:
+        def request(self, method, path, data, headers):
+            self.last = data
+            assert b"".join(data) == b"block"
+            raise ConnectionResetError
+
+        def close(self):
+            pass
+
+    connection = Connection()
+    wire = account.Wire(lambda: connection, keep=1)
+    with pytest.raises(ConnectionResetError):
+        wire.send("PUT", "/c/o", {}, b"block")
+    assert list(connection.last) == []
 
 
 def test_login_failures_are_told_apart():
@@ -464,36 +489,44 @@ def test_deletes_are_judged_by_their_end():
     def told(**values):
         return json.dumps({"Response Status": "200 OK", "Errors": [], **values}).encode()
 
-    swift._judge(told())
-    swift._judge(told(**{"Response Status": "400 Bad Request", "Errors": [["/c/o", "404 Not Found"]]}))
-    swift._judge(b"")
-    swift._judge(b"Number Deleted: 3\nResponse Status: 200 OK\n")
+    objects._judge(told())
+    objects._judge(told(**{"Response Status": "400 Bad Request", "Errors": [["/c/o", "404 Not Found"]]}))
+    objects._judge(told(**{"Response Status": "400 Bad Request", "Number Not Found": 2}))
+    objects._judge(told(**{"Response Status": "404 Not Found", "Number Not Found": 1}))
+    objects._judge(b"Number Deleted: 3\nNumber Not Found: 0\nResponse Status: 200 OK\nErrors:\n")
+    objects._judge(b"Number Deleted: 0\nNumber Not Found: 1\nResponse Status: 400 Bad Request\n")
     for body, kind in (
         (told(Errors=[["/c/o", "503 Busy"]]), Unavailable),
         (told(Errors=[["/c/o", "403 Forbidden"]]), PermissionDenied),
         (told(**{"Response Status": "502 Bad Gateway"}), Unavailable),
+        (told(**{"Response Status": "400 Bad Request", "Response Body": "Not an SLO manifest"}), InvalidRequest),
+        (told(**{"Response Status": "401 Unauthorized"}), Unauthenticated),
         (b"Response Status: 500 Internal Error\n", Unavailable),
+        (b"Number Deleted: 3\n", Unavailable),
+        (b"{}", Unavailable),
+        (b"   ", Unavailable),
+        (b"", Unavailable),
     ):
         with pytest.raises(kind):
-            swift._judge(body)
+            objects._judge(body)
 
 
 def test_metadata_survives_headers():
     given = {"name": "näïve – 24.04", "Case": "A", "case": "b", "": " blanks ", "long": "x" * 900, "line": "a\nb"}
-    headers = swift._encode_metadata(given)
+    headers = objects.encode_metadata(given)
     assert all(len(value) <= 256 and value.isascii() and value.isprintable() for value in headers.values())
-    assert swift._decode_metadata(headers) == given
-    assert swift._decode_metadata({}) == {}
-    assert swift._decode_metadata({f"{swift._META}Data-0": "|nonsense|"}) == {}
+    assert objects._decode_metadata(headers) == given
+    assert objects._decode_metadata({}) == {}
+    assert objects._decode_metadata({f"{objects.META}Data-0": "|nonsense|"}) == {}
     with pytest.raises(InvalidRequest):
-        swift._encode_metadata({"long": "x" * 4000})
+        objects.encode_metadata({"long": "x" * 4000})
 
 
 def test_token_belongs_to_one_name():
-    headers = {f"{swift._META}Token": TOKEN, f"{swift._META}Id": "image"}
-    assert swift._token_of(headers, "image") == TOKEN
-    assert swift._token_of(headers, "copy") is None
-    assert swift._token_of({**headers, f"{swift._META}Token": "x"}, "image") is None
+    headers = {f"{objects.META}Token": TOKEN, f"{objects.META}Id": "image"}
+    assert objects.token_of(headers, "image") == TOKEN
+    assert objects.token_of(headers, "copy") is None
+    assert objects.token_of({**headers, f"{objects.META}Token": "x"}, "image") is None
 
 
 # Deleting what others stored
@@ -535,13 +568,13 @@ def test_segments_of_dynamic_objects(target, deleted):
         glance_segments=["image/17/0", "other/17/0"],
         other=["image-00001"],
     )
-    container = swift._Container(client, swift._Facts(), "glance", ".imagestore", None)
+    container = objects.Container(client, objects.Facts(), "glance", ".imagestore", None)
     container.remove_dynamic(target, "image")
     assert client.deleted == deleted
 
 
 def test_no_dots_in_paths():
-    container = swift._Container(FakeClient(), swift._Facts(), "glance", ".imagestore", None)
+    container = objects.Container(FakeClient(), objects.Facts(), "glance", ".imagestore", None)
     for name in ("a/../b", "./a", "..", "a/."):
         with pytest.raises(InvalidLocation):
             container.path(name)

@@ -15,18 +15,16 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-pytest.importorskip("swiftclient", reason="the Swift driver needs python-swiftclient")
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
 
-from _swift_testing import control, options, running, session
+from _swift_testing import context, control, options, running, session
 from faultproxy import Fault, FaultProxy
 
 from imagestore import Retry, Store, StoreError, Timeouts
@@ -255,6 +253,74 @@ def _attempt(
     return None
 
 
+# Faults at chosen moments
+
+
+def test_heads_of_answers_that_break_off(weather: Weather) -> None:
+    """Half of an answer's headers is a failure, and no image of another length, or of somebody else's making."""
+    with weather.store(weather.proxy.port, Retry(attempts=1), SHORT) as store:
+        location = store.add("broken", bytes(3 * BLOCK)).location
+        wanted = store.stat(location)
+        broken = 0
+        for at in range(0, 1000, 9):
+            weather.proxy.add(Fault("cut", "down", at))
+            try:
+                assert store.stat(location) == wanted, f"cut after {at} bytes"
+            except Unavailable:
+                broken += 1
+            weather.proxy.clear()
+        assert broken > 40
+        store.delete(location)
+
+
+def test_deletes_that_break_off(weather: Weather) -> None:
+    """Wherever an answer breaks off: nothing is lost sight of."""
+    with weather.store(weather.proxy.port, Retry(attempts=1), SHORT) as store:
+        assert not store.exists("broken")
+        for at in (200, 400, 600, 900, 1400, 1900, 2600):
+            location = weather.plain.add("broken", bytes(3 * BLOCK)).location
+            weather.proxy.add(Fault("cut", "down", at))
+            with contextlib.suppress(Unavailable):
+                store.delete(location)
+            weather.proxy.clear()
+            if weather.plain.exists("broken"):
+                assert weather.read("broken") == bytes(3 * BLOCK)
+                weather.plain.delete(location)
+            weather.plain.collect(older_than=0, include_alive=True)
+            assert weather.leftovers() == [], f"cut after {at} bytes"
+
+
+@pytest.mark.parametrize("name", ["proxy", "object"])
+def test_server_restarted_in_mid_transfer(weather: Weather, name: str) -> None:
+    data = random.Random(1).randbytes(9 * BLOCK)
+    threads: list[threading.Thread] = []
+
+    def restart() -> None:
+        os.kill(weather.pid(name), signal.SIGKILL)
+        threads.append(threading.Thread(target=control, args=(weather.env, "spawn", name)))
+        threads[-1].start()
+
+    def source() -> Iterator[bytes]:
+        for start in range(0, len(data), BLOCK):
+            if start == 4 * BLOCK:
+                restart()
+            yield data[start : start + BLOCK]
+
+    patient = Retry(attempts=1000, first=0.1, longest=0.3, total=60)
+    with weather.store(weather.proxy.port, patient, SHORT) as store:
+        try:
+            location = store.add("restarted", source(), size=len(data)).location
+            assert weather.read("restarted") == data
+            with store.get(location) as reader:
+                first = reader.read(BLOCK)
+                restart()
+                assert first + reader.read() == data
+        finally:
+            for thread in threads:
+                thread.join(60)
+        store.delete(location)
+
+
 # Logging in
 
 
@@ -284,7 +350,23 @@ def keystone(env: dict[str, str], **more: Any) -> Store:
         "container": "weather",
         **more,
     }
-    return Store(SwiftDriver(options(**values), timeouts=SHORT), retry=Retry(attempts=2, first=0.01), _block_size=BLOCK)
+    return Store(SwiftDriver(options(**values), timeouts=LONG), retry=Retry(attempts=2, first=0.01), _block_size=BLOCK)
+
+
+def revoke(env: dict[str, str], token: str) -> None:
+    own = session(env)
+    own.delete(f"{env['OS_AUTH_URL']}/auth/tokens", headers={"X-Subject-Token": token})
+    own.session.close()
+    # The server's own memory of tokens that it has seen.
+    control(env, "flush")
+
+
+def revoking(env: dict[str, str], data: bytes, token: Callable[[], str]) -> Iterator[bytes]:
+    """``data``; in their middle the token is revoked."""
+    for start in range(0, len(data), BLOCK):
+        if start == 3 * BLOCK:
+            revoke(env, token())
+        yield data[start : start + BLOCK]
 
 
 def test_keystone_token_revoked_in_mid_upload(weather: Weather) -> None:
@@ -292,25 +374,46 @@ def test_keystone_token_revoked_in_mid_upload(weather: Weather) -> None:
     with keystone(weather.env) as store:
         driver = store._open().driver
         assert isinstance(driver, SwiftDriver)
-        revoked: list[str] = []
-
-        def source() -> Iterator[bytes]:
-            for start in range(0, len(data), BLOCK):
-                if start == 3 * BLOCK:
-                    token = driver._client("")._login.token()[1]
-                    own = session(weather.env)
-                    url = f"{weather.env['OS_AUTH_URL']}/auth/tokens"
-                    own.delete(url, headers={"X-Subject-Token": token})
-                    own.session.close()
-                    control(weather.env, "flush")
-                    revoked.append(token)
-                yield data[start : start + BLOCK]
-
-        location = store.add("revoked", source(), size=len(data)).location
-        assert driver._client("")._login.token()[1] not in revoked
+        login = driver._client("")._login
+        before = login.token()[1]
+        location = store.add("revoked", revoking(weather.env, data, lambda: before), size=len(data)).location
+        assert login.token()[1] != before
         with store.get(location) as reader:
             assert b"".join(reader) == data
         store.delete(location)
+
+
+def test_session_of_a_user_renews_its_token(weather: Weather) -> None:
+    data = random.Random(1).randbytes(8 * BLOCK)
+    own = session(weather.env)
+    with tenants() as store:
+        view = store.bind(own)
+        location = view.add("revoked", revoking(weather.env, data, own.get_token), size=len(data)).location
+        with view.get(location) as reader:
+            assert b"".join(reader) == data
+        view.delete(location)
+    own.session.close()
+
+
+def test_bare_token_of_a_user_that_ends(weather: Weather) -> None:
+    """Nobody here can get another. What was stored is found with the next one."""
+    data = random.Random(1).randbytes(8 * BLOCK)
+    port = int(weather.env["SWIFT_PROXY_V3"].rpartition(":")[2])
+    users = [context(weather.env, "OS", port) for _ in range(2)]
+    with tenants() as store:
+        view, later = (store.bind(user) for user in users)
+        with pytest.raises(Unauthenticated) as caught:
+            view.add("revoked", revoking(weather.env, data, lambda: users[0].auth_token), size=len(data))
+        assert not caught.value.temporary
+        assert not later.exists("revoked")
+        assert len(list(later.uploads())) == 1
+        later.collect(older_than=0)
+        assert list(later.uploads()) == []
+
+
+def tenants() -> Store:
+    driver = SwiftDriver(options(multi_tenant=True, container="weather"), timeouts=LONG)
+    return Store(driver, retry=Retry(attempts=2, first=0.01), _block_size=BLOCK)
 
 
 def test_keystone_down(weather: Weather) -> None:

@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -19,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("swiftclient", reason="the Swift driver needs python-swiftclient")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
 
@@ -168,8 +167,30 @@ def test_what_glance_stored(place: Place) -> None:
     assert place.names() == []
 
 
+def test_what_glance_stored_without_an_accounts_file(place: Place, tmp_path: Path) -> None:
+    """Then it puts the credentials into the location. They are cut off, and those of the configuration used."""
+    env = place.env
+    conf = tmp_path / "glance-api.conf"
+    conf.write_text(
+        "[DEFAULT]\nenabled_backends = old:swift\n[glance_store]\ndefault_backend = old\n[old]\n"
+        f"swift_store_auth_address = {env['OS_AUTH_URL']}\nswift_store_key = {env['OS_PASSWORD']}\n"
+        f"swift_store_user = {env['OS_PROJECT_NAME']}:{env['OS_USERNAME']}\ndefault_swift_reference = ref1\n"
+        f"swift_store_container = {place.container}\nswift_store_create_container_on_put = true\n"
+    )
+    job = {"verb": "add", "id": str(uuid.uuid4()), "path": str(place.paths["small"]), "size": IMAGES["small"]}
+    uri = glance(conf, job)[0]["uri"]
+    assert env["OS_PASSWORD"] in uri
+    with load_stores(str(conf)) as stores:
+        store = stores["old"]
+        assert env["OS_PASSWORD"] not in str(store.parse(uri))
+        with store.get(uri, expected={"sha256": place.sha256("small")}) as reader:
+            assert len(reader.read()) == IMAGES["small"]
+        store.delete(uri)
+    assert place.names() == []
+
+
 def test_locations_with_credentials(place: Place) -> None:
-    """As releases wrote them that had no accounts file."""
+    """Of whoever they are, and whatever signs are in them."""
     env = place.env
     with open_store(
         "swift",
@@ -196,6 +217,7 @@ def test_former_addresses(place: Place) -> None:
         user=env["OS_USERNAME"],
         project_name=env["OS_PROJECT_NAME"],
         key=env["OS_PASSWORD"],
+        endpoint_type="internalURL",
         container=place.container,
         create_container=True,
         accept_locations=[f"swift+https://old.example:5000/v3/{place.container}", f"swift://older/{place.container}*"],
@@ -293,28 +315,36 @@ def test_nested_manifests(tmp_path: Path) -> None:
     store.close()
 
 
-def test_temporary_urls(place: Place) -> None:
-    env = place.env
-    with open_store(
-        "swift",
-        auth_version="1",
-        auth_url=env["ST_AUTH"],
-        user=env["ST_USER"],
-        key=env["ST_KEY"],
-        container=place.container,
-        create_container=True,
-        temp_url_key=env["ST_TEMP_URL_KEY"],
-    ) as store:
-        location = store.add("image", b"data").location
-        driver = SwiftDriver(options(**store._template.settings._values))
-        driver.open()
-        with urllib.request.urlopen(driver.sign(location, 60)) as answer:
-            assert answer.read() == b"data"
-        usage = store.usage()
-        assert usage.used is not None
-        assert usage.total is None
+@pytest.mark.parametrize("script", ["swift", "ceph"])
+def test_temporary_urls(script: str) -> None:
+    """With the account's key, and with one by option."""
+    env = running(script)
+    names = ("ST_AUTH", "ST_USER", "ST_KEY") if script == "swift" else ("SWIFT_AUTH_URL", "SWIFT_USER", "SWIFT_KEY")
+    values = {
+        **dict(zip(("auth_url", "user", "key"), (env[name] for name in names), strict=True)),
+        "auth_version": "1",
+        "container": f"signed-{uuid.uuid4().hex[:12]}",
+        "create_container": True,
+    }
+    key = uuid.uuid4().hex
+    data = random.Random(1).randbytes(3_000_000)
+    with Store(SwiftDriver(options(**values)), _block_size=1 << 20) as store:
+        location = store.add("image", data).location
+        for given in (None, key):
+            driver = SwiftDriver(options(**values, temp_url_key=given))
+            driver.open()
+            driver._client("")("POST", "", {"X-Account-Meta-Temp-Url-Key": key})
+            with urllib.request.urlopen(driver.sign(location, 60)) as answer:
+                assert answer.read() == data
+            wrong = driver.sign(location, 60).replace("image?", "other?")
+            with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
+                urllib.request.urlopen(wrong)
+            driver.close()
+        assert store.usage().total is None
         store.delete(location)
-        driver._container("", place.container).remove_container()
+        driver = SwiftDriver(options(**values))
+        driver.open()
+        driver._container("", values["container"]).remove_container()
         driver.close()
 
 
