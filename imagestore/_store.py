@@ -446,6 +446,42 @@ class Store:
         self._require("usage")
         return opened.retrying("usage", opened.verbs.usage)
 
+    def sign(self, location: Location | str, *, seconds: int = 3600) -> str:
+        """A URL by which anybody can read the image for so many seconds. It is a secret: keep it out of logs.
+
+        Raises `NotFound`, and `Unsupported` if the backend has no such URLs.
+        """
+        opened, place = self._place(location)
+        self._require("sign")
+        if not isinstance(cast("object", seconds), int) or seconds < 1:
+            raise InvalidRequest(f"seconds is a whole number from 1 on, not {seconds!r}", store=self.name)
+        opened.retrying("stat", lambda: opened.driver.stat(place), place)
+        return opened.retrying("sign", lambda: opened.verbs.sign(place, seconds), place)
+
+    def set_acls(
+        self, location: Location | str, *, public: bool = False, read: Sequence[str] = (), write: Sequence[str] = ()
+    ) -> None:
+        """Let others use the image, in place of what was set before.
+
+        Args:
+            location: the image.
+            public: everybody may read it.
+            read: ids of projects that may read it.
+            write: ids of projects that may also write it.
+
+        Raises `NotFound`, and `Unsupported` if the backend has no such lists.
+        """
+        opened, place = self._place(location)
+        self._require("set_acls")
+        for ids in (read, write):
+            if isinstance(ids, str):
+                raise InvalidRequest(f"read and write are sequences of project ids, not {ids!r}", store=self.name)
+        opened.retrying(
+            "set_acls",
+            lambda: opened.verbs.set_acls(place, public=public, read=tuple(read), write=tuple(write)),
+            place,
+        )
+
     def uploads(self) -> Iterator[Leftover]:
         """What unfinished uploads and deletes left behind, and the uploads that still run."""
         opened = self._open(authorised=True)
@@ -465,6 +501,8 @@ class Store:
             older_than: seconds (or a timedelta) without activity. One whose age nobody knows is left unless 0.
             include_alive: also those whose uploader is known to run; its commit then fails.
             dry_run: remove nothing, only return what would be.
+
+        One that can't be removed does not keep the others: its error is raised after the last of them.
         """
         opened = self._open(authorised=True)
         self._require("discard")
@@ -472,7 +510,8 @@ class Store:
         if not seconds >= 0:
             raise InvalidRequest(f"older_than is a number of seconds, not {older_than!r}", store=self.name)
         now = datetime.now(UTC)
-        taken = []
+        taken: builtins.list[Leftover] = []
+        failed: StoreError | None = None
         for leftover in list(self.uploads()):
             last = leftover.last_activity or leftover.started
             if (leftover.alive and not include_alive) or (
@@ -480,8 +519,16 @@ class Store:
             ):
                 continue
             if not dry_run:
-                opened.retrying("discard", functools.partial(opened.verbs.discard, leftover))
+                try:
+                    opened.retrying("discard", functools.partial(opened.verbs.discard, leftover))
+                except StoreError as error:
+                    if error.temporary:
+                        raise  # the next one would only wait for as long
+                    failed = failed or error
+                    continue
             taken.append(leftover)
+        if failed is not None:
+            raise failed
         return taken
 
     # The inside

@@ -250,7 +250,9 @@ class Stores:
         if image_id is None:
             raise InvalidRequest("the location does not tell the image's id: pass image_id=", location=str(place))
         if not expected and target._reaches(place):
-            return target._copy(place, image_id, metadata, observer)
+            # Some can tell only when they are connected that a place is in another backend than their own.
+            with contextlib.suppress(InvalidLocation):
+                return target._copy(place, image_id, metadata, observer)
         with origin.get(place, cancel=cancel) as reader:
             try:
                 return target.add(

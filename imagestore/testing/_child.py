@@ -24,7 +24,7 @@ from imagestore.testing._harness import Harness, NotApplicable
 
 __all__ = ["Child", "contents", "load", "started"]
 
-PATIENCE: Final = 60.0
+PATIENCE: Final = 120.0
 
 
 class Child:

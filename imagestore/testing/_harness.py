@@ -29,6 +29,7 @@ class Harness(ABC):
             importable; checks that kill and fork use a child process.
         kill_rounds: how often an adding child is killed.
         settle: seconds until the backend knows that a killed uploader is gone.
+        trailing: seconds for which the backend may go on with what a killed client had sent.
         vanishing: unfinished uploads have no name and are gone with their process, so that ``uploads`` of another
             driver need not list them.
         auths_apart: the two `auths` don't see each other's images.
@@ -38,6 +39,7 @@ class Harness(ABC):
     processes: ClassVar[bool] = False
     kill_rounds: ClassVar[int] = 6
     settle: ClassVar[float] = 0.0
+    trailing: ClassVar[float] = 0.0
     vanishing: ClassVar[bool] = False
     auths_apart: ClassVar[bool] = False
     sdk: ClassVar[tuple[str, ...]] = ()

@@ -23,7 +23,7 @@ from imagestore.testing._harness import Harness, NotApplicable
 
 __all__ = ["PATIENCE", "Kit", "Profile", "Rendezvous", "Task", "block_size", "probe", "raises"]
 
-PATIENCE: Final = 30.0
+PATIENCE: Final = 120.0
 """Seconds after which something that should have happened counts as hanging."""
 
 QUICK: Final = Retry(attempts=4, first=0.001, longest=0.01, total=PATIENCE)

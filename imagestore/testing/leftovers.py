@@ -160,6 +160,7 @@ def process_killed(kit: Kit) -> None:
             time.sleep(delay)
             child.kill()
             finished = [line.split() for line in child.rest()]
+        time.sleep(kit.harness.trailing)
         begun = [words[1] for words in finished if words[0] == "begin"]
         added = {words[1] for words in finished if words[0] == "added"}
         gone = {words[1] for words in finished if words[0] == "deleted"}

@@ -8,7 +8,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from faultproxy import FaultProxy
 
 from imagestore.driver import Driver, Timeouts
 from imagestore.drivers.swift import SwiftDriver
-from imagestore.testing import DriverConformance, Harness, NotApplicable, _child
+from imagestore.testing import DriverConformance, Harness, NotApplicable
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -34,23 +33,11 @@ EVERYTHING = bool(os.environ.get("IMAGESTORE_SWIFT_EVERYTHING"))
 HEAVY = ("memory", "many_threads", "many_reading_threads", "nothing_kept")
 
 
-@pytest.fixture(autouse=True)
-def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed client had sent the server still does: a look taken at once may be followed by another one."""
-    rest = _child.Child.rest
-
-    def rest_and_wait(self: _child.Child) -> list[str]:
-        lines = rest(self)
-        time.sleep(0.7)
-        return lines
-
-    monkeypatch.setattr(_child.Child, "rest", rest_and_wait)
-
-
 class SwiftHarness(Harness):
     """One container of tempauth's account."""
 
     processes = True
+    trailing = 0.7
     sdk = ("swiftclient", "keystoneauth1", "requests", "urllib3", "boto3")
     script: ClassVar[str] = "swift"
     conditional: ClassVar[bool] = True

@@ -154,6 +154,7 @@ class FakeDriver(Driver):
             yield Leftover(token=token, alive=None)
 
     def discard(self, leftover):
+        self.backend.happens("discard")
         self.backend.pending.pop(leftover.token, None)
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from fake import FAST, Native, fake_store
+from fake import FAST, FakeDriver, Native, fake_store
 
 from imagestore._models import (
     AbortFailed,
@@ -21,12 +21,14 @@ from imagestore._models import (
     TransferEnded,
     TransferStarted,
 )
+from imagestore._store import Store
 from imagestore.driver import Block, Capabilities
 from imagestore.errors import (
     AlreadyExists,
     Cancelled,
     Changed,
     DigestMismatch,
+    InUse,
     InvalidImageId,
     InvalidLocation,
     InvalidRequest,
@@ -410,6 +412,52 @@ def test_abort_is_tried_again_and_its_failure_is_an_event(pair):
     assert store.collect(older_than=0, dry_run=True) == left
     assert store.collect(older_than=0) == left
     assert not backend.pending
+
+
+def test_what_can_not_be_collected_does_not_keep_the_rest(pair):
+    store, backend = pair
+    backend.pending.update({f"{n:032x}": {} for n in range(3)})
+    backend.script = {"discard": [InUse("a snapshot of it")]}
+    with pytest.raises(InUse, match="a snapshot of it"):
+        store.collect(older_than=0)
+    assert len(backend.pending) == 1
+    backend.script = {"discard": [Unavailable("down")] * 100}
+    with pytest.raises(Unavailable):
+        store.collect(older_than=0)
+
+
+class Signing(FakeDriver):
+    def sign(self, location, seconds):
+        self.backend.happens("sign")
+        return f"https://host/{location.key[0]}?seconds={seconds}"
+
+    def set_acls(self, location, *, public, read, write):
+        self.backend.happens("set_acls")
+        self.backend.acls = (self._get(location), public, read, write)
+
+
+def test_sign_and_set_acls(pair):
+    signing = Signing()
+    backend = signing.backend
+    with Store(signing, retry=FAST) as store:
+        place = store.add("x", DATA).location
+        backend.script = {"sign": [Unavailable("later")], "set_acls": [Unavailable("later")]}
+        assert store.sign(place, seconds=60) == "https://host/x?seconds=60"
+        store.set_acls(place.uri, public=True, read=["p1"], write=["p2"])
+        assert backend.acls[1:] == (True, ("p1",), ("p2",))
+        for wrong in (0, -1, 1.5, "60"):
+            with pytest.raises(InvalidRequest, match="seconds"):
+                store.sign(place, seconds=wrong)
+        with pytest.raises(InvalidRequest, match="sequences"):
+            store.set_acls(place, read="p1")
+        with pytest.raises(NotFound):
+            store.sign("fake://host/absent")
+        with pytest.raises(NotFound):
+            store.set_acls("fake://host/absent")
+    store, _ = pair
+    for ask in (store.sign, store.set_acls):
+        with pytest.raises(Unsupported):
+            ask("fake://host/x")
 
 
 def test_a_stored_image_stays_stored_when_the_look_at_it_fails(pair):

@@ -358,6 +358,8 @@ def test_copy_inside_the_backend():
             stores.copy(place, "b", image_id="y", source="a")
         assert stores.copy(place, "b", image_id="z", source="a", expected=SHA).digests == SHA
         assert backend.count("read") > reads, "digests need the bytes"
+        second._template.backend.script = {"copy": [InvalidLocation("that is another cluster")]}
+        assert stores.copy(place, "b", image_id="w", source="a").digests == SHA
 
 
 def files(tmp_path, *names):
