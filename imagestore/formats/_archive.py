@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from imagestore.formats._compressed import Unpacker
-from imagestore.formats._findings import Broken, Inspection, Report
+from imagestore.formats._findings import NAME, Broken, Finding, Inspection, Report
 from imagestore.formats._json import JsonError, RepeatedKey, load
 from imagestore.formats._ovf import OVF_MAX, Descriptor, File, parse_ovf, reference_problems
 from imagestore.formats._policy import Policy
@@ -21,6 +21,7 @@ __all__ = ["Archive"]
 
 _TEXT_MAX: Final = 1 << 20
 _TEXT_TOTAL: Final = 3 << 20
+_NAMES_TOTAL: Final = 2 << 20  # in characters
 _NESTED: Final = 4
 _DOCUMENTS: Final = 1000
 _ALL: Final = ("sha1", "sha256", "sha512")
@@ -45,6 +46,9 @@ class _Disk:
         self.taken = 0
         self.chunks = 0
         self.file = file
+        self._finished = False
+        self.judged = False
+        self.inspection: Inspection | None = None
         self.unpacker: Unpacker | None = None
         if file is not None and file.compression == "gzip":
             report("ova.compressed_disk", "a disk is compressed inside the archive", member=name)
@@ -55,10 +59,15 @@ class _Disk:
         (self.scan if self.unpacker is None else self.unpacker).feed(chunk)
 
     def finish(self) -> None:
+        """The last of its bytes was there; what was kept of them is given up."""
+        if self._finished:
+            return
+        self._finished = True
         if self.unpacker is not None:
             self.unpacker.finish()
         if self.unpacker is None or not (self.unpacker.dead or self.unpacker.partial):
             self.scan.finish()
+        self.scan.forget()
 
 
 class Archive:
@@ -73,6 +82,7 @@ class Archive:
         self._broken = False
         self._count = 0
         self._names: dict[str, tuple[int, str]] = {}
+        self._names_total = 0
         self._links: dict[str, str] = {}
         self._held = Report()  # strict findings, while it may still be a plain root file system
         self._strict = declared == "ova"
@@ -109,7 +119,9 @@ class Archive:
                 self._guard(self._check_ova)
             if self._layout:
                 self._guard(self._check_layout)
-        found = [self._disk_findings(disk) for disk in self._disks]
+        for disk in self._disks:
+            self._judge(disk)
+        found = (disk.inspection for disk in self._disks)
         self.members = tuple(each for each in found if each is not None)
 
     @property
@@ -122,6 +134,11 @@ class Archive:
         """Grows whenever there is something new to judge."""
         return len(self.report.findings) + (0 if self._disk is None else self._disk.scan.looks)
 
+    def early(self) -> list[Finding]:
+        """What is certain of the disk that passes, before its end."""
+        disk = self._disk
+        return [] if disk is None or disk.judged else disk.scan.findings(None, disk.name)
+
     def _guard(self, step: Callable[[], None]) -> None:
         self._broken = not guarded(self.report, step) or self._broken
 
@@ -129,8 +146,6 @@ class Archive:
 
     def note(self, code: str, message: str, offset: int, member: str | None = None) -> None:
         """A finding of the tar layer."""
-        if member is not None:
-            member = member.encode("utf-8", "replace").decode()[:200]
         if code in _STRICT and not self._strict:
             self._held(code, message, offset, member)
         else:
@@ -161,9 +176,11 @@ class Archive:
         problem = name_problem(name.rstrip("/") or name)
         if problem:
             self.report("tar.name", f"a name {problem}", member.offset)
-        if self._count > (self._policy.max_ova_members if self._ova else self._policy.max_members):
+        self._names_total += len(name) + len(member.link)
+        most = self._policy.max_ova_members if self._ova else self._policy.max_members
+        if self._count > most or self._names_total > _NAMES_TOTAL:
             raise_now = self._strict
-            self.note("tar.too_many", f"more than {self._count - 1} members", member.offset)
+            self.note("tar.too_many", f"more than {self._count - 1} members, or too long names", member.offset)
             if raise_now:
                 raise Broken("tar.too_many", f"more than {self._count - 1} members", member.offset)
         else:
@@ -180,7 +197,7 @@ class Archive:
             target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), member.link))
             if self._ova or name_problem(target) or member.link.startswith("/"):
                 self.note("tar.link", "a link out of the archive", member.offset, member.name)
-            elif len(self._links) < self._policy.max_members:
+            elif member.name in self._names:
                 self._links[member.name] = target
         elif member.type == "5":
             if self._ova:
@@ -204,7 +221,7 @@ class Archive:
             self._hashes = {blob[1]: hashlib.new(blob[1], usedforsecurity=False)}
         elif config:
             self._hashes = {"sha256": hashlib.sha256(usedforsecurity=False)}
-        wanted = blob or name in _LAYOUT or name == "repositories" or config
+        wanted = name in self._names and (blob or name in _LAYOUT or name == "repositories" or config)
         if wanted and member.size <= _TEXT_MAX and self._text_total + member.size <= _TEXT_TOTAL:
             self._text = bytearray()
 
@@ -235,8 +252,7 @@ class Archive:
             index = int(chunk[2])
             if index == 0:
                 self.report("ova.chunks", "a disk is split over several members", member.offset, chunk[1])
-                self._disk = _Disk(chunk[1], files[chunk[1]], self._policy, self.report)
-                self._disks.append(self._disk)
+                self._disk = self._next_disk(chunk[1], files[chunk[1]])
             elif last is not None and last.name == chunk[1] and last.chunks == index:
                 self._disk = last
             else:
@@ -244,8 +260,15 @@ class Archive:
                 return
             self._disk.chunks += 1
             return
-        self._disk = _Disk(name, files.get(name), self._policy, self.report)
-        self._disks.append(self._disk)
+        self._disk = self._next_disk(name, files.get(name))
+
+    def _next_disk(self, name: str, file: File | None) -> _Disk:
+        # Of disks only the one that passes is kept: there may be many.
+        if self._disks:
+            self._ended(self._disks[-1])
+        disk = _Disk(name, file, self._policy, self.report)
+        self._disks.append(disk)
+        return disk
 
     def data(self, chunk: bytes) -> None:
         """Bytes of the present member."""
@@ -267,13 +290,15 @@ class Archive:
             self._end_text(member, bytes(self._text))
         if self._ova:
             self._digests[member.name] = digests
+            if self._disk is not None and not self._disk.chunks:
+                self._ended(self._disk)
             return
         named = _BLOB.fullmatch(member.name)
         config = _CONFIG.fullmatch(member.name)
         told = (named[1], named[2]) if named else ("sha256", config[1]) if config else None
         if told is not None and digests and digests[told[0]] != told[1]:
             self._held_digest(member, config is not None)
-        if named or member.name.endswith(("layer.tar", ".tar")):
+        if member.name in self._names and (named or member.name.endswith(".tar")):
             self._kinds[member.name] = _kind(self._head)
 
     def _held_digest(self, member: Member, config: bool) -> None:
@@ -386,6 +411,15 @@ class Archive:
             if self._digests.get(name, {}).get(algorithm) != told:
                 self.report("ova.digest", f"the {algorithm} digest is another than in the manifest", member=name)
 
+    def _ended(self, disk: _Disk) -> None:
+        disk.finish()
+        self._judge(disk)
+
+    def _judge(self, disk: _Disk) -> None:
+        if not disk.judged:
+            disk.judged = True
+            disk.inspection = self._disk_findings(disk)
+
     def _disk_findings(self, disk: _Disk) -> Inspection | None:
         scan = disk.scan
         referenced = self._ovf is not None and any(
@@ -399,7 +433,7 @@ class Archive:
             expected = scan.chosen() if scan.chosen() in allowed else (self._disk_format or "vmdk")
             if not allowed:
                 self.report("format.mismatch", f"{expected} disks are not accepted in an OVA", member=disk.name)
-        result = scan.inspection(expected, disk.name)
+        result = scan.inspection(expected, disk.name.encode("utf-8", "replace").decode()[:NAME])
         for each in result.findings:
             self.report.findings.append(each)
         return result if referenced else None

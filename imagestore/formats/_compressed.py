@@ -21,6 +21,9 @@ _OUTPUT: Final = 256 << 10
 _WINDOW_LOG: Final = 27
 _HEAD: Final = 1 << 20
 _DIRECTORY: Final = 64 << 10
+# A new decoder for each few bytes costs more than what it unpacks.
+_MEMBERS: Final = 1000
+_MEMBER: Final = 256
 
 
 class _Decoder(Protocol):
@@ -216,6 +219,8 @@ class Unpacker:
                 data = self._decoder.unused_data
                 self._decoder = None
                 self._members += 1
+                if self._members > _MEMBERS and self.unpacked < self._members * _MEMBER:
+                    self._give_up("compressed.bomb", "it is thousands of streams that hold next to nothing")
                 if self._zip is not None:
                     self._zip.state = "directory"
 

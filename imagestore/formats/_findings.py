@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-__all__ = ["FINDINGS", "Broken", "Finding", "FindingKind", "Inspection", "Report", "Severity", "Verified"]
+__all__ = ["FINDINGS", "NAME", "Broken", "Finding", "FindingKind", "Inspection", "Report", "Severity", "Verified"]
 
 Severity: TypeAlias = Literal["unsafe", "malformed", "mismatch", "policy", "info"]
 Verified: TypeAlias = Literal["full", "head", "opaque"]
@@ -32,7 +32,7 @@ class FindingKind(NamedTuple):
 _UNSAFE: Final = {
     "bochs.found": "A Bochs disk; no supported format.",
     "cloop.found": "A cloop image; no supported format.",
-    "compressed.bomb": "It unpacks to far more than its own size, or to more than the limit.",
+    "compressed.bomb": "It unpacks to far more than its size or the limit, or is thousands of empty streams.",
     "compressed.memory": "Unpacking it needs more memory than the limit allows.",
     "compressed.nested": "Compressed data inside compressed data.",
     "compressed.trailing": "Data follows the end of the compressed stream.",
@@ -283,6 +283,7 @@ class Broken(Exception):
         self.offset = offset
 
 
+NAME: Final = 200  # characters of a name from an image that are kept
 _SAME: Final = 4  # findings of one code that are kept: a hostile file must not fill memory with them
 
 
@@ -298,11 +299,13 @@ class Report:
         self._counts: dict[str, int] = {}
 
     def __call__(self, code: str, message: str, offset: int | None = None, member: str | None = None) -> None:
-        """Note a finding; its severity is the one of its code."""
+        """Note a finding; its severity is the one of its code. Of names from an image only the begin is kept."""
         kind = FINDINGS[code]
         count = self._counts.get(code, 0)
         if count < _SAME:
             self._counts[code] = count + 1
+            if member is not None:
+                member = member.encode("utf-8", "replace").decode()[:NAME]
             self.findings.append(
                 Finding(code=code, severity=kind.severity, message=message, offset=offset, member=member)
             )

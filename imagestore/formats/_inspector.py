@@ -27,8 +27,9 @@ _ORDER: Final = {"unsafe": 0, "malformed": 1, "mismatch": 2, "policy": 3, "info"
 
 
 class Inspector:
-    """Looks at one image as it passes, in bounded memory (below 6 MiB) and with next to no work per chunk.
+    """Looks at one image as it passes, in bounded memory and with next to no work per chunk.
 
+    A disk takes below 6 MiB; a container more, for its documents, and for `Policy.unpack_memory` where it is unpacked.
     The verdict depends on the bytes only, never on how they are cut into chunks. No method raises because of
     what the bytes are.
 
@@ -145,7 +146,9 @@ class Inspector:
         findings = self._contents(ended=ended)
         findings += self._limits(findings)
         if self._policy.mode == "enforce" and self.refusal is None:
-            self.refusal = self._policy.error(findings)
+            # Before the end the first alone: how many more there are so far depends on how the stream is cut.
+            fatal = findings if ended else [each for each in findings if self._policy.refuses(each)][:1]
+            self.refusal = self._policy.error(fatal)
         return findings
 
     def _contents(self, *, ended: bool) -> list[Finding]:
@@ -163,7 +166,7 @@ class Inspector:
         if found == "ovf" and ended:
             guarded(extra, lambda: self._check_ovf(extra))
         if self._archive is not None:
-            outer += self._archive.report.findings
+            outer += self._archive.report.findings + self._archive.early()
         if self._unpacker is not None and self._inner is not None:
             if disk not in {"aki", "ari"} and self._inner.report.found & COMPRESSED:
                 extra("compressed.nested", "compressed data inside compressed data")

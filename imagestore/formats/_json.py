@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded depth, no repeated keys, no numbers of any length."""
+"""JSON from strangers: bounded depth and number of values, no repeated keys, no numbers of any length."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any, Final
 __all__ = ["JsonError", "RepeatedKey", "load"]
 
 _DEPTH: Final = 32
-# Strings, so that brackets in them don't count, and brackets.
-_TOKENS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_VALUES: Final = 50_000  # objects and lists: an empty one takes two bytes here, and eighty in memory
+_DIGITS: Final = 20
+# Strings, so that brackets in them don't count, and brackets. Possessive, and an open string runs to the end: else
+# each quote in it would be tried anew.
+_TOKENS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class JsonError(ValueError):
@@ -29,7 +32,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20:
+    if len(text) > _DIGITS:
         raise JsonError("a number is too long")
     return int(text)
 
@@ -40,13 +43,14 @@ def _constant(text: str) -> Any:
 
 def load(data: bytes) -> Any:
     """The document in `data`, which is UTF-8. Raises `JsonError`."""
-    depth = 0
+    depth = values = 0
     for token in _TOKENS.finditer(data):
         sign = data[token.start()]
         if sign in b"[{":
             depth += 1
-            if depth > _DEPTH:
-                raise JsonError(f"nested deeper than {_DEPTH}")
+            values += 1
+            if depth > _DEPTH or values > _VALUES:
+                raise JsonError(f"nested deeper than {_DEPTH}, or more than {_VALUES} objects and lists")
         elif sign in b"]}":
             depth -= 1
     try:

@@ -68,6 +68,13 @@ def _version_1(view: View, report: Report) -> None:
     report.check(apart, "luks.keyslot", "two key slots overlap", 208)
 
 
+def _number(value: object) -> int:
+    """A number, which LUKS2 writes as text where it may be large. Raises ValueError."""
+    if not isinstance(value, int | str) or not (text := str(value)).isascii() or not text.isdigit() or len(text) > 20:
+        raise ValueError("no number")
+    return int(text)
+
+
 def _version_2(view: View, report: Report) -> None:
     head = view.head
     if len(head) < 4096:
@@ -97,10 +104,10 @@ def _version_2(view: View, report: Report) -> None:
     try:
         document = load(first[4096:].partition(b"\0")[0])
         segments = document["segments"]
-        starts = {name: int(segment["offset"]) for name, segment in segments.items()}
+        starts = {name: _number(segment["offset"]) for name, segment in segments.items()}
         slots = document["keyslots"].items()
-        costs = {name: int(slot.get("kdf", {}).get("iterations", 1)) for name, slot in slots}
-        areas = {name: int(slot["area"]["offset"]) + int(slot["area"]["size"]) for name, slot in slots}
+        costs = {name: _number(slot.get("kdf", {}).get("iterations", 1)) for name, slot in slots}
+        areas = {name: _number(slot["area"]["offset"]) + _number(slot["area"]["size"]) for name, slot in slots}
     except (JsonError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise Broken("luks.json", f"the description can't be read: {type(error).__name__}", 4096) from error
     start = min(starts.values(), default=0)

@@ -7,6 +7,7 @@ import struct
 from typing import Final
 
 from imagestore.formats._partition import is_fat, is_mbr
+from imagestore.formats._tar import checksum_holds
 from imagestore.formats._window import View
 
 __all__ = ["compression", "detect", "guess_tar", "probe"]
@@ -87,13 +88,7 @@ def guess_tar(block: bytes) -> bool:
     """Whether these 512 bytes are the first header of a tar file (POSIX, or older without a signature)."""
     if len(block) < 512:
         return False
-    try:
-        told = int(block[148:156].strip(b" \0") or b"x", 8)
-    except ValueError:
-        return False
-    sums = sum(block) - sum(block[148:156]) + 256
-    signed = sums - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
-    if told not in {sums, signed}:
+    if not checksum_holds(block):
         return False
     return block[257:262] == b"ustar" or (block[0] > 0x20 and block[156:157] in {b"\0", b"0", b"5"})
 

@@ -130,7 +130,7 @@ def _extensions(head: bytes, start: int, stop: int, crypt: int, cluster: int, vi
             break
         kind, length = struct.unpack_from(">II", head, start)
         if kind == 0:
-            if any(head[start + 8 : stop]):
+            if head[start + 8 : stop].rstrip(b"\0"):
                 report("qcow2.slack", "there is data behind the last header extension", start + 8)
             break
         data = start + 8

@@ -85,6 +85,11 @@ class Scan:
         self.ended = True
         self._window.finish()
 
+    def forget(self) -> None:
+        """Keep nothing but what was found."""
+        self._window.forget()
+        self.view = View(head=b"")
+
     def _look(self, view: View) -> None:
         report = Report()
         report.found = detect(view, report.facts)

@@ -6,12 +6,13 @@ from typing import Final, NamedTuple, Protocol
 
 from imagestore.formats._findings import Broken
 
-__all__ = ["Member", "TarReader", "name_problem"]
+__all__ = ["Member", "TarReader", "checksum_holds", "name_problem"]
 
 _BLOCK: Final = 512
 _ZERO: Final = bytes(_BLOCK)
 _EXTENDED_MAX: Final = 64 << 10
 _NAME_MAX: Final = 1024
+_LOW: Final = bytes(range(128))
 
 
 class Member(NamedTuple):
@@ -55,6 +56,15 @@ def _number(field: bytes) -> int | None:
     if not text:
         return 0
     return int(text, 8) if text.isdigit() and not set(text) & set(b"89") else None
+
+
+def checksum_holds(block: bytes) -> bool:
+    """Whether the checksum in these 512 bytes of a header is theirs; old writers summed signed bytes."""
+    told = _number(block[148:156])
+    sums = sum(block) - sum(block[148:156]) + 256
+    if told == sums:
+        return True
+    return told == sums - 256 * len((block[:148] + block[156:]).translate(None, _LOW))
 
 
 class TarReader:
@@ -117,8 +127,7 @@ class TarReader:
         if self._extended is not None:
             data, self._extended = bytes(self._extended), None
             if self._extended_type in "LK":
-                key = "path" if self._extended_type == "L" else "linkpath"
-                self._overrides[key] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+                self._told("path" if self._extended_type == "L" else "linkpath", data.rstrip(b"\0"))
             else:
                 self._pax_records(data)
         elif self._open:
@@ -126,16 +135,25 @@ class TarReader:
             self._handler.end()
 
     def _pax_records(self, data: bytes) -> None:
-        while data:
-            length, _, rest = data[:24].partition(b" ")
-            count = int(length) if length.isdigit() else 0
-            record = data[len(length) + 1 : count]
-            if not rest or count > len(data) or not record.endswith(b"\n") or b"=" not in record:
+        start = 0
+        while start < len(data):
+            length, _, rest = data[start : start + 24].partition(b" ")
+            stop = start + (int(length) if length.isdigit() else 0)
+            record = data[start + len(length) + 1 : stop]
+            if not rest or stop > len(data) or not record.endswith(b"\n") or b"=" not in record:
                 raise Broken("tar.header", "an extended header is damaged", self._position)
             key, _, value = record[:-1].partition(b"=")
-            if key in {b"path", b"linkpath", b"size"} or key.startswith(b"GNU.sparse"):
-                self._overrides[key.decode()] = value.decode("utf-8", "surrogateescape")
-            data = data[count:]
+            if key in {b"path", b"linkpath", b"size"}:
+                self._told(key.decode(), value)
+            elif key.startswith(b"GNU.sparse"):
+                self._told("sparse", b"")
+            start = stop
+
+    def _told(self, key: str, value: bytes) -> None:
+        """An extended header says that of the next member, or of all that follow."""
+        text = value.decode("utf-8", "surrogateescape")
+        if self._extended_type == "g" or self._overrides.setdefault(key, text) != text:
+            raise Broken("tar.override", "extended headers disagree, or rename all members", self._position)
 
     def _block(self, block: bytes) -> None:
         offset = self._position - _BLOCK
@@ -146,10 +164,7 @@ class TarReader:
             return
         if self._zeros:
             raise Broken("tar.trailer", "a member follows an end mark", offset)
-        told = _number(block[148:156])
-        sums = sum(block) - sum(block[148:156]) + 256
-        signed = sums - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
-        if told not in {sums, signed}:
+        if not checksum_holds(block):
             raise Broken("tar.checksum", "the checksum of a header is wrong", offset)
         size = _number(block[124:136])
         if size is None or size >= 1 << 60:
@@ -192,7 +207,7 @@ class TarReader:
 
     def _override(self, name: str, link: str, size: int, offset: int) -> tuple[str, str]:
         overrides, self._overrides = self._overrides, {}
-        if any(key.startswith("GNU.sparse") for key in overrides):
+        if "sparse" in overrides:
             self._handler.note("tar.type", "a sparse member", offset, name)
         told = overrides.get("size")
         if told is not None and told != str(size):

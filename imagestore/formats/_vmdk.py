@@ -102,7 +102,7 @@ def _sparse(view: View, report: Report) -> None:
         raise Broken("vmdk.tables", "the image ends inside the descriptor", 36)
     report.check(directory == _AT_END or directory * 512 >= stop, "vmdk.tables", "directory over descriptor", 56)
     text, _, rest = head[512:stop].partition(b"\0")
-    report.check(not any(rest), "vmdk.embedded_text", "data follows the NUL that ends it", 512 + len(text))
+    report.check(not rest.rstrip(b"\0"), "vmdk.embedded_text", "data follows the NUL that ends it", 512 + len(text))
     if not text:
         report("vmdk.no_descriptor", "the descriptor is empty", 512)
         return

@@ -98,6 +98,12 @@ class Window:
         tail = b"".join(self._tail)[-TAIL:]
         self._look(self._view(tail=tail, total=self.position))
 
+    def forget(self) -> None:
+        """Give up what is remembered."""
+        self._head = b""
+        self._tail.clear()
+        self._ranges.clear()
+
     def _view(self, *, tail: bytes = b"", total: int | None = None) -> View:
         # What is complete is kept once, and shared with every view.
         if len(self._head) == HEAD:

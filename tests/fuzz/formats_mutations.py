@@ -1,7 +1,8 @@
 """Inspects damaged samples: python tests/fuzz/formats_mutations.py --mutations 1000000 [--seed N] [--jobs 2].
 
 Fails on an exception, on a parser that failed, on one that took long, on growing memory, and on a refused image
-that a flip makes acceptable without an explanation. Prints what is needed to repeat it.
+that a flip makes acceptable without an explanation. Prints what is needed to repeat it, and as it goes the seed with
+which another run goes on.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ def main() -> int:
                 failed += 1
                 print(failure, flush=True)
             if done % 20_000 < share:
-                print(f"{done} in {time.monotonic() - began:.0f} s, {failed} failed", flush=True)
+                print(
+                    f"{done} in {time.monotonic() - began:.0f} s, {failed} failed; "
+                    f"the rest: --seed {chosen.seed + done} --mutations {chosen.mutations - done}",
+                    flush=True,
+                )
     print(f"{done} mutations, {failed} failed, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
 

@@ -9,10 +9,14 @@ import io
 import json
 import lzma
 import os
+import re
+import resource
 import struct
 import tarfile
+import time
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,9 @@ from imagestore.formats import (
     inspect_stream,
 )
 from imagestore.formats._crc32c import crc32c
+from imagestore.formats._findings import Broken
+from imagestore.formats._json import JsonError, load
+from imagestore.formats._ovf import parse_ovf
 
 MIB = 1 << 20
 QCOW2 = "good/qcow2-handmade-minimal.qcow2"
@@ -621,6 +628,236 @@ def test_limits_of_unpacking() -> None:
     assert run(zeros, "raw", "compressed", policy=Policy(max_ratio=2000))[0].accepted
     assert "compressed.bomb" in codes(zeros, "raw", "compressed", Policy(max_ratio=2000, max_unpacked=MIB))
     assert run(gzip.compress(bytes(15 * MIB)), "raw", "compressed")[0].accepted
+
+
+# Structures that would cost more than they are long
+
+
+def spent(action: Callable[[], object]) -> float:
+    began = time.process_time()
+    action()
+    return time.process_time() - began
+
+
+def megabyte(begin: bytes, unit: bytes, end: bytes = b"") -> bytes:
+    return begin + unit * ((MIB - len(begin) - len(end) - 64) // len(unit)) + end
+
+
+@pytest.mark.parametrize("data", [megabyte(b'{"', b'\\"'), megabyte(b"[", b"{},"), megabyte(b"[", b'"\\')])
+def test_json_is_read_once(data: bytes) -> None:
+    began = time.process_time()
+    with pytest.raises(JsonError):
+        load(data)
+    assert time.process_time() - began < 2
+    assert "docker.document" in codes(archive(LAYOUT, ("index.json", data)), "raw", "docker")
+
+
+def test_numbers_and_strings_of_json() -> None:
+    assert load(b'{"a\\"[[[":[1,-2.5,"}"],"b":"\\\\"}') == {'a"[[[': [1, -2.5, "}"], "b": "\\"}
+    for data in (b"[" + b"1" * 21 + b"]", b'"a', b'{"a":1}}', b"[Infinity]"):
+        with pytest.raises(JsonError):
+            load(data)
+
+
+ENVELOPE = b'<Envelope xmlns="http://schemas.dmtf.org/ovf/envelope/1" '
+BOMB = b'<!ENTITY a "' + b"x" * 1000 + b'"><!ENTITY b "' + b"&a;" * 1000 + b'"><!ENTITY c "' + b"&b;" * 1000 + b'">'
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (
+            ENVELOPE
+            + b'xmlns:a="'
+            + b"u" * 300_000
+            + b'" '
+            + b" ".join(b'a:b%d=""' % n for n in range(60_000))
+            + b"/>",
+            "",
+        ),
+        (ENVELOPE + b" ".join(b'xmlns:a%d="u"' % n for n in range(40_000)) + b"/>", "ovf.too_large"),
+        (megabyte(ENVELOPE + b">", b"<a>"), "ovf.too_large"),
+        (megabyte(ENVELOPE + b">", b"<a/>"), "ovf.too_large"),
+        (b"<!DOCTYPE a [" + BOMB + b"]>" + ENVELOPE + b">&c;</Envelope>", "ovf.doctype"),
+    ],
+)
+def test_xml_is_read_in_bounded_memory(data: bytes, code: str) -> None:
+    assert len(data) <= MIB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+    found = fatal(run(data, "vmdk", "ovf")[0])
+    assert found == ({code} if code else set())
+    assert time.process_time() - began < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"ovf:href=", b'href="other" ovf:href='),
+        (b"ovf:href=", b'xmlns:o="http://schemas.dmtf.org/ovf/envelope/1" o:href="other" ovf:href='),
+        (b"ovf:href=", b"href="),
+    ],
+)
+def test_an_attribute_has_one_meaning(old: bytes, new: bytes) -> None:
+    text = part(".ovf")
+    assert old in text
+    assert "ova.href" in codes(text.replace(old, new, 1), "vmdk", "ovf")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_encodings_of_an_ovf(encoding: str) -> None:
+    text = part(".ovf").decode().replace('encoding="UTF-8"', "").removeprefix("<?xml version='1.0'?>")
+    text = '<?xml version="1.0"?>' + text[text.index("<", 5) if text.startswith("<?") else 0 :]
+    assert not parse_ovf(text.encode(encoding)).problems
+    with pytest.raises(Broken, match="document type"):
+        parse_ovf(text.replace("?>", "?><!DOCTYPE a>", 1).encode(encoding))
+
+
+@pytest.mark.parametrize("capacity", [b"9" * 5000, b"0" * 20 + b"9" * 20, b"9" * 19, b"1e3", b""])
+def test_capacities_that_are_none(capacity: bytes) -> None:
+    text = re.sub(rb'ovf:capacity="[^"]*"', b'ovf:capacity="' + capacity + b'" ', part(".ovf"))
+    assert "ova.capacity" in fatal(run(text, "vmdk", "ovf")[0])
+
+
+def extended(kind: bytes, data: bytes) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def test_extended_headers_are_read_once() -> None:
+    header = extended(tarfile.XHDTYPE, b"8 a=bcd\n" * 8191)
+    assert spent(lambda: run(header * 60 + archive(LAYOUT), "raw", "docker")) < 3
+    sparse = [
+        extended(tarfile.XHDTYPE, b"".join(b"24 GNU.sparse.%07d=xx\n" % (start + n) for n in range(2500)))
+        for start in range(0, 100_000, 2500)
+    ]
+    inspector = Inspector(disk_format="raw", container_format="docker", policy=Policy(mode="warn"))
+    tracemalloc.start()
+    for data in sparse:
+        inspector.feed(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert inspector.finish().findings
+    assert peak < 6 * MIB
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        extended(tarfile.XGLTYPE, b"12 path=abc\n"),
+        extended(tarfile.XHDTYPE, b"12 path=abc\n") + extended(tarfile.XHDTYPE, b"12 path=abd\n"),
+        extended(tarfile.XHDTYPE, b"12 path=abc\n12 path=abd\n"),
+        extended(tarfile.XHDTYPE, b"12 path=abc\n") + extended(tarfile.GNUTYPE_LONGNAME, b"other\0"),
+    ],
+)
+def test_extended_headers_that_readers_understand_differently(headers: bytes) -> None:
+    member = tarfile.TarInfo("abc")
+    data = archive(LAYOUT)[:1024] + headers + member.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
+    assert "tar.override" in fatal(run(data, "raw", "docker")[0])
+
+
+def test_a_global_comment_is_welcome() -> None:
+    data = extended(tarfile.XGLTYPE, b"16 comment=abcd\n") + archive(LAYOUT, ("index.json", b'{"manifests":[]}'))
+    assert run(data, "raw", "docker")[0].accepted
+
+
+def test_names_of_members_are_bounded() -> None:
+    """In a plain root file system too, which may have any number of members."""
+    policy = Policy(mode="warn", max_members=500)
+    inspector = Inspector(disk_format="raw", container_format="docker", policy=policy)
+    info = tarfile.TarInfo()
+    for number in range(60):
+        info.name = f"{number:05}" + "n" * 95
+        long = extended(tarfile.GNUTYPE_LONGNAME, info.name.encode() + b"n" * 60_000 + b".tar\0")
+        inspector.feed(long + info.tobuf(tarfile.USTAR_FORMAT))
+    info.size = 1
+    for number in range(1500):
+        info.name = f"{number:064x}.json" if number % 2 else f"{number}.tar"
+        inspector.feed(info.tobuf(tarfile.USTAR_FORMAT) + b"{" + bytes(511))
+    archive = inspector._archive
+    assert archive is not None
+    assert 30 < len(archive._names) <= 500
+    assert sum(map(len, archive._names)) <= 2 * MIB
+    assert archive._kinds.keys() | archive._texts.keys() | archive._links.keys() <= archive._names.keys()
+    inspection = inspector.finish()
+    assert all(len(each.member or "") <= 200 for each in inspection.findings)
+
+
+def test_many_disks_are_kept_one_at_a_time() -> None:
+    disk = part(".vmdk") + bytes(MIB)
+    names = [f"disk{number}.vmdk" for number in range(20)]
+    files = "".join(f'<File o:id="{name}" o:href="{name}"/>' for name in names)
+    disks = "".join(f'<Disk o:fileRef="{name}" o:capacity="4194304"/>' for name in names)
+    space = "http://schemas.dmtf.org/ovf/envelope/1"
+    ovf = f'<Envelope xmlns="{space}" xmlns:o="{space}"><References>{files}</References>{disks}</Envelope>'
+    inspector = Inspector(disk_format="vmdk", container_format="ova")
+    tracemalloc.start()
+    inspector.feed(archive(("vm.ovf", ovf.encode()))[: 512 + len(ovf) + -len(ovf) % 512])
+    info = tarfile.TarInfo()
+    info.size = len(disk)
+    for info.name in names:
+        inspector.feed(info.tobuf(tarfile.USTAR_FORMAT))
+        for start in range(0, len(disk), 65536):
+            inspector.feed(disk[start : start + 65536])
+        inspector.feed(bytes(-len(disk) % 512))
+    inspector.feed(bytes(1024))
+    inspection = inspector.finish()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(inspection.members) == 20
+    assert {each.disk_format for each in inspection.members} == {"vmdk"}
+    assert peak < 10 * MIB
+
+
+def test_a_disk_of_an_ova_is_refused_before_its_end() -> None:
+    data = sample("hostile/o17-qcow2-as-vmdk.ova").data
+    inspector = Inspector(disk_format="vmdk", container_format="ova")
+    inspector.feed(data[: len(data) // 2])
+    inspector.feed(bytes(4 * MIB))
+    assert inspector.refusal is not None
+
+
+def test_names_that_are_no_text() -> None:
+    data = bytearray(archive(("vm.ovf", part(".ovf")), ("d.vmdk", part(".vmdk"))))
+    start = data.index(b"d.vmdk\0")
+    data[start : start + 1] = b"\xff"
+    data[start + 148 : start + 156] = b"%06o\0 " % (
+        sum(data[start : start + 512]) - sum(data[start + 148 : start + 156]) + 256
+    )
+    inspection, refusal = run(bytes(data), "vmdk", "ova")
+    assert "tar.name" in fatal(inspection)
+    f"{refusal} {inspection}".encode()
+    for each in inspection.findings:
+        (each.member or "").encode()
+
+
+def test_checksums_of_old_tar_writers() -> None:
+    data = bytearray(archive(("\xe9" * 20, b"x"), format=tarfile.GNU_FORMAT))
+    signed = sum(byte - 256 * (byte > 127) for byte in data[:512]) - sum(data[148:156]) + 256
+    data[148:156] = b"%06o\0 " % signed
+    assert run(bytes(data), "raw", "docker")[0].accepted
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_streams_of_nothing(pack: Callable[[bytes], bytes]) -> None:
+    assert "compressed.bomb" in codes(pack(b"") * 1100, "raw", "compressed")
+    assert "compressed.bomb" not in codes(pack(b"") * 900, "raw", "compressed")
+    assert run(pack(bytes(65536)) * 200, "raw", "compressed", policy=Policy(max_ratio=10**6))[0].accepted
+
+
+LUKS2 = {"keyslots": {"0": {"kdf": {"iterations": 1000}, "area": {"offset": "32768", "size": "4096"}}}}
+
+
+@pytest.mark.parametrize("offset", ["1" * 5000, 1e999, -1, "1_6", True, None, [], "١"])
+def test_numbers_of_luks2(offset: object) -> None:
+    text = json.dumps(LUKS2 | {"segments": {"0": {"offset": offset}}}).replace("Infinity", "1e999").encode()
+    head = bytearray(b"LUKS\xba\xbe\0\2" + struct.pack(">QQ", 16384, 1)).ljust(16384, b"\0")
+    head[72:78] = b"sha256"
+    head[4096 : 4096 + len(text)] = text
+    head[448:480] = hashlib.sha256(head).digest()
+    assert "luks.json" in codes(bytes(head) + bytes(65536), "luks")
 
 
 # The table of findings
