@@ -89,7 +89,7 @@ def request(
         size=size,
         max_size=limit,
         plan=plan,
-        share=engine.share(),
+        share=engine.share(plan.enough),
         digests=Digests(names, engine.digest_pool),
         expected=wanted,
         verifier=verifier,

@@ -318,9 +318,10 @@ class Engine:
         self._digest_pool: ThreadPoolExecutor | None = None
         self._events: _Events | None = None
 
-    def share(self) -> Share:
-        """What one transfer may hold."""
-        return Share(self.budget, self.limits.memory, self.blocks)
+    def share(self, enough: int | None = None) -> Share:
+        """What one transfer may hold: no more than ``enough`` bytes, if it is known that more makes nothing faster."""
+        limit = self.limits.memory if enough is None else min(enough, self.limits.memory)
+        return Share(self.budget, limit, self.blocks)
 
     def digest_pool(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -48,6 +48,9 @@ BLOCK_UNKNOWN: Final = 16 * MIB
 HOLE_MIN: Final = 64 * 1024
 PIECE: Final = MIB
 
+_WAITING: Final = 4
+"""Blocks for each write that may run: one that is written, one to follow, and what digests are behind with."""
+
 
 class BlockPlan:
     """How long each block is.
@@ -80,6 +83,11 @@ class BlockPlan:
             tiers += 1
         self._step = count // tiers
         self.capacity = sum(self.size_of(tier * self._step) * self._step for tier in range(tiers))
+
+    @property
+    def enough(self) -> int | None:
+        """Bytes in memory that keep all writes busy; None where blocks grow. What waits beyond that only waits."""
+        return None if self._step is not None else _WAITING * self._caps.parallel_writes * self._first
 
     def size_of(self, index: int) -> int:
         if self._step is None:
