@@ -624,6 +624,7 @@ def test_source_errors_clean_up(pair):
 
 
 def blocks():
+    gc.collect()
     return [item for item in gc.get_objects() if isinstance(item, Block)]
 
 
@@ -642,7 +643,6 @@ def test_an_error_that_is_kept_keeps_no_image_data(pair):
         with pytest.raises(StoreError) as caught:
             store.add("x", source())
         kept.append(caught.value)
-    gc.collect()
     assert len(blocks()) == len(others)
 
 
