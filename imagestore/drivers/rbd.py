@@ -79,9 +79,10 @@ _GIB: Final = 1024 * _MIB
 _SPARSE_UNIT: Final = 4096
 # librbd copies what it is given to write, beside the budget.
 _WRITES: Final = 4
+_BLOCK: Final = 4 * _MIB
 # Longer ones make librados' own memory grow by a multiple of them.
 _PIECE: Final = 512 * 1024
-_PIECES: Final = 8
+_PIECES: Final = 16
 _DIFF_WINDOW: Final = 64 * _GIB
 _IDLE_IMAGES: Final = 8
 _FIRST_STEP: Final = 64 * _MIB
@@ -281,6 +282,8 @@ class RbdDriver(Driver):
         self.capabilities = Capabilities(
             ranged_reads=True,
             parallel_writes=min(self.limits.workers, _WRITES),
+            # librbd copies what it is given, so that a longer block counts several times.
+            block_max=_BLOCK,
             sparse_unit=_SPARSE_UNIT if self.settings.sparse else None,
             repeatable_create=True,
             collision="exclusive",

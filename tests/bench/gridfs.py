@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def main() -> None:
     parser.add_argument("--no-digest", action="store_true")
     parser.add_argument("--memory", type=int, default=64, help="limit for imagestore, in MiB")
     told = parser.parse_args()
+    # So that no server stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     directory = Path(tempfile.mkdtemp(prefix="imagestore-bench-"))
     kept = os.environ.get("IMAGESTORE_MONGODB_DIR")
     place = kept or str(directory / "mongodb")

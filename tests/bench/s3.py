@@ -18,6 +18,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -108,6 +109,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--job", action="append", choices=["known", "unknown", "small", "get"])
     told = parser.parse_args()
+    # So that no server stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     directory = Path(tempfile.mkdtemp(prefix="imagestore-bench-"))
     kept = os.environ.get("IMAGESTORE_CEPH_DIR")
     place = kept or str(directory / "ceph")

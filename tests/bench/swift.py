@@ -20,6 +20,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -149,6 +150,8 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that the way takes, in each direction")
     parser.add_argument("--job", action="append", choices=["known", "unknown", "small", "get"])
     told = parser.parse_args()
+    # So that no server stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     directory = Path(tempfile.mkdtemp(prefix="imagestore-bench-"))
     kept = os.environ.get("IMAGESTORE_SWIFT_DIR")
     place = Path(kept or directory / "swift")

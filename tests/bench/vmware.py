@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -84,6 +85,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="of the image, in MiB")
     parser.add_argument("--runs", type=int, default=5)
     told = parser.parse_args()
+    # So that no server stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     directory = Path(tempfile.mkdtemp(prefix="imagestore-bench-"))
     kept = os.environ.get("IMAGESTORE_VMWARE_DIR")
     place = kept or str(directory / "vmware")
