@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -25,6 +24,7 @@ pytest.importorskip("boto3", reason="the S3 driver needs boto3")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
 
+from _glance import glance_store
 from _s3 import client, missing, programs, running
 
 from imagestore import NotFound, Store, load_stores
@@ -34,51 +34,10 @@ AWSCLI = "awscli>=1.40"
 MIB = 1024 * 1024
 IMAGES = {"small": 300_000, "parts": 12 * MIB + 17, "unknown": 11 * MIB + 3}
 
-GLANCE_SIDE = """
-import io, json, sys
-import glance_store
-from oslo_config import cfg
-
-conf = cfg.CONF
-conf.register_opt(cfg.DictOpt("enabled_backends"))
-conf(["--config-file", sys.argv[1]])
-glance_store.register_store_opts(conf)
-glance_store.create_multi_stores(conf)
-glance_store.verify_store()
-told = []
-for job in json.load(sys.stdin):
-    if job["verb"] == "add":
-        data = open(job["path"], "rb")
-        answer = glance_store.add_with_multihash(conf, job["id"], data, job["size"], "old", "sha256")
-        told.append({"uri": answer[0], "size": answer[1], "sha256": answer[3]})
-    elif job["verb"] == "get":
-        import hashlib
-        digest, count = hashlib.sha256(), 0
-        for chunk in glance_store.get(job["uri"], "old")[0]:
-            digest.update(chunk)
-            count += len(chunk)
-        size = glance_store.get_size_from_uri_and_backend(job["uri"], "old")
-        told.append({"count": count, "size": size, "sha256": digest.hexdigest()})
-    else:
-        glance_store.delete(job["uri"], "old")
-        told.append({})
-print(json.dumps(told))
-"""
-
 
 def glance(conf: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
     python = os.environ.get("IMAGESTORE_GLANCE_PYTHON") or programs("glance-store-5.7.0-s3", *GLANCE) / "python"
-    done = subprocess.run(
-        [python, "-W", "ignore", "-c", GLANCE_SIDE, conf],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    told: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    return glance_store(python, conf, *jobs)
 
 
 class Place:

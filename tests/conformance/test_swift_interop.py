@@ -7,7 +7,6 @@ environment is made below the user's cache directory.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import subprocess
@@ -23,6 +22,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
 
+from _glance import glance_store
 from _swift_testing import context, glance_python, options, running, session
 
 from imagestore import InvalidLocation, NotFound, Store, load_stores, open_store
@@ -33,49 +33,9 @@ pytestmark = pytest.mark.filterwarnings("error")
 UNIT = 1024000  # what Glance's options call a megabyte
 IMAGES = {"small": 300_000, "segments": 3 * UNIT, "unknown": 2 * UNIT + 17}
 
-GLANCE_SIDE = """
-import hashlib, json, sys
-import glance_store
-from oslo_config import cfg
-
-conf = cfg.CONF
-conf.register_opt(cfg.DictOpt("enabled_backends"))
-conf(["--config-file", sys.argv[1]])
-glance_store.register_store_opts(conf)
-glance_store.create_multi_stores(conf)
-glance_store.verify_store()
-told = []
-for job in json.load(sys.stdin):
-    if job["verb"] == "add":
-        data = open(job["path"], "rb")
-        answer = glance_store.add_with_multihash(conf, job["id"], data, job["size"], "old", "sha256")
-        told.append({"uri": answer[0], "size": answer[1], "sha256": answer[3]})
-    elif job["verb"] == "get":
-        digest, count = hashlib.sha256(), 0
-        for chunk in glance_store.get(job["uri"], "old")[0]:
-            digest.update(chunk)
-            count += len(chunk)
-        size = glance_store.get_size_from_uri_and_backend(job["uri"], "old")
-        told.append({"count": count, "size": size, "sha256": digest.hexdigest()})
-    else:
-        glance_store.delete(job["uri"], "old")
-        told.append({})
-print(json.dumps(told))
-"""
-
 
 def glance(conf: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [glance_python(), "-W", "ignore", "-c", GLANCE_SIDE, conf],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    told: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    return glance_store(glance_python(), conf, *jobs)
 
 
 class Place:
