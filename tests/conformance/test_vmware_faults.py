@@ -283,10 +283,16 @@ def test_no_redirect_is_followed(place: Datastores, opened: Opener, method: str)
 
 def test_a_server_that_is_killed_and_comes_back(opened: Opener) -> None:
     place = Datastores("strict", mine="killed")
-    store, patient = opened(place), opened(place, retry=Retry(attempts=30, first=0.05, longest=0.5))
+    store, patient = opened(place), opened(place, retry=Retry(attempts=200, first=0.05, longest=0.5))
     kept = store.add("kept", DATA).location
+
+    def killed() -> None:
+        # The source is read ahead of the writes: without waiting, the server may be gone before the upload is begun.
+        assert eventually(lambda: any(mark.stat().st_size for mark in place.path().glob(".imagestore-*.mark")))
+        script(place.env, "kill", "strict")
+
     with pytest.raises(Unavailable):
-        store.add("image", pieces(3, lambda: script(place.env, "kill", "strict")))
+        store.add("image", pieces(3, killed))
     script(place.env, "spawn", "strict")
     assert not store.exists("image")
     assert read(store, kept) == DATA
