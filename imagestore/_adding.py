@@ -265,7 +265,7 @@ class Adding:
     def finish(self, size: int, digests: Mapping[str, str], inspection: Inspection | None) -> AddResult:
         """Make the image visible. Whatever is raised, the upload was taken back, or its commit is in doubt."""
         try:
-            self._commit(size)
+            self._commit(size, digests)
             stat = self._look(size)
         except BaseException as error:
             self._record.ended(error)
@@ -283,10 +283,11 @@ class Adding:
             inspection=inspection,
         )
 
-    def _commit(self, size: int) -> None:
+    def _commit(self, size: int, digests: Mapping[str, str]) -> None:
         try:
             if self.target.error is not None:
                 raise self.target.error
+            self.upload.digests = MappingProxyType(dict(digests))
             self._record.commit(size)
             backoff = Backoff(self._connection.retry, notify=self._record.retried)
             commit(self.upload, size, self._token, self._connection.caller, backoff)

@@ -201,9 +201,15 @@ class Options:
 
 
 class Upload(ABC):
-    """One image on its way in. ``location`` is known from ``create`` on."""
+    """One image on its way in. ``location`` is known from ``create`` on.
+
+    Attributes:
+        digests: of the whole image, in hexadecimal by the algorithm's name, for a backend that keeps them with it. The
+            core sets them just before ``commit``; which there are, the caller of ``Store.add`` decides.
+    """
 
     location: Location
+    digests: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def write(self, block: Block, /) -> None:

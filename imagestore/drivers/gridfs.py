@@ -2,9 +2,9 @@
 
 An image is a standard GridFS file: a document in ``<bucket>.files`` and its bytes in ``<bucket>.chunks``, a document
 for each block. Any GridFS library can read it. Its `_id` is a fresh ObjectId, because whatever is begun under an `_id`
-that exists already mixes with, and on giving up destroys, what is there. The image id is the file's name and, with the
-token of its upload, stands in ``metadata.imagestore``. Its location is ``gridfs://<image id>``: which server, database
-and bucket is said by the configuration only.
+that exists already mixes with, and on giving up destroys, what is there. The image id is the file's name and, with its
+digests and the token of its upload, stands in ``metadata.imagestore``. Its location is ``gridfs://<image id>``: which
+server, database and bucket is said by the configuration only.
 
 Old releases of Glance made the image id the `_id` itself. Such files are read and deleted too.
 
@@ -555,7 +555,9 @@ class _Upload(Upload):
                 "chunkSize": self._chunk_size,
                 "uploadDate": datetime.now(UTC),
                 "filename": f".imagestore-{self._token}",
-                "metadata": {"imagestore": {"token": self._token, "metadata": self._metadata}},
+                "metadata": {
+                    "imagestore": {"token": self._token, "metadata": self._metadata, "digests": dict(self.digests)}
+                },
             },
         )
         # The majority has confirmed that insert, and with it all before it.

@@ -81,8 +81,8 @@ _SPARSE_UNIT: Final = 4096
 _WRITES: Final = 4
 _BLOCK: Final = 4 * _MIB
 # Longer ones make librados' own memory grow by a multiple of them.
-_PIECE: Final = 512 * 1024
-_PIECES: Final = 16
+_PIECE: Final = 1024 * 1024
+_PIECES: Final = 12
 _DIFF_WINDOW: Final = 64 * _GIB
 _IDLE_IMAGES: Final = 8
 _FIRST_STEP: Final = 64 * _MIB
@@ -1060,22 +1060,23 @@ class _Piece:
     def __init__(self, handle: Any, offset: int, length: int) -> None:
         self.length = length
         self.sure = False
-        self.data: bytes | None = None
-        self.request = handle.aio_read(offset, length, self._done)
-
-    def _done(self, _: object, data: bytes | None) -> None:
-        self.data = data
+        # The request holds its callback: if that held this object too, the ring of them would keep librbd's buffers
+        # until a garbage collection.
+        arrived: list[bytes | None] = []
+        self._arrived = arrived
+        self.request = handle.aio_read(offset, length, lambda _, data: arrived.append(data))
 
     def wait(self) -> None:
         self.request.wait_for_complete_and_cb()
 
     def result(self) -> bytes:
-        if self.data is None:
+        [data] = self._arrived
+        if data is None:
             kind, text = _MEANING.get(-self.request.get_return_value(), (Unavailable, "the cluster can't read this"))
             raise kind(text) if kind is not NotFound else Unavailable("the image was deleted while it was read")
-        if len(self.data) != self.length:
+        if len(data) != self.length:
             raise Changed("the image became shorter while it was read")
-        return self.data
+        return data
 
 
 class _Chunks:

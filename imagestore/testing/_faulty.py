@@ -259,6 +259,7 @@ class _FaultyUpload(Upload):
         self._faults._run("write", lambda: self._upload.write(block), (block,))
 
     def commit(self, size: int, /) -> None:
+        self._upload.digests = self.digests
         self._faults._run("commit", lambda: self._upload.commit(size), (size,))
         self.location = self._upload.location
         self._ended()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import sys
@@ -80,7 +81,8 @@ def test_others_read_and_delete_ours(place: Place, length: int) -> None:
     (found,) = place.theirs.find({"filename": image_id})
     assert isinstance(found._id, ObjectId)
     assert (found.length, found.chunk_size) == (length, MIB)
-    assert found.metadata["imagestore"]["image_id"] == image_id
+    told = found.metadata["imagestore"]
+    assert (told["image_id"], told["digests"]) == (image_id, {"sha256": hashlib.sha256(DATA[:length]).hexdigest()})
     assert abs((found.upload_date - result.stat.modified).total_seconds()) < 60
     assert place.theirs.open_download_stream(found._id).read() == DATA[:length]
     out = io.BytesIO()

@@ -56,6 +56,7 @@ class FakeUpload(Upload):
         self.backend.happens("written")
 
     def commit(self, size):
+        self.backend.digests = dict(self.digests)
         self.backend.happens("commit")
         with self.backend.lock:
             if self.token not in self.backend.pending:

@@ -219,6 +219,15 @@ def test_expected_digests(pair):
         store.verify("fake://host/good", expected={"sha1": "0" * 40})
 
 
+def test_digests_reach_the_driver_before_its_commit(pair):
+    store, backend = pair
+    result = store.add("some", DATA, digests=("md5", "sha256"), expected={"sha1": hashlib.sha1(DATA).hexdigest()})
+    assert backend.digests == dict(result.digests)
+    assert set(backend.digests) == {"md5", "sha1", "sha256"}
+    store.add("none", DATA, digests=())
+    assert backend.digests == {}
+
+
 class Verifier:
     def __init__(self, *, refuse=False, fail_at=None):
         self.seen = b""
