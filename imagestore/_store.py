@@ -660,16 +660,44 @@ class Store:
         record = self._record("copy", image_id, observer)
         with self._slot(None), self._context("copy", image_id, place):
             size = opened.retrying("stat", lambda: opened.driver.stat(place), place, notify=record.retried).size
-            hints = Hints(token=secrets.token_hex(16), size=size, metadata=check_metadata(metadata))
+            checked = check_metadata(metadata)
             if opened.retrying("locate", lambda: opened.verbs.locate(image_id), notify=record.retried) is not None:
                 raise AlreadyExists("the id is taken")
             with record.running(size):
-                made = opened.caller("copy", opened.verbs.copy, place, image_id, place, image_id, hints)
+                made = self._copied(opened, place, image_id, size, checked, record)
                 stat = opened.retrying("stat", lambda: opened.driver.stat(made), made, notify=record.retried)
                 if stat.size != size:
                     raise SizeMismatch(f"the copy has {stat.size} bytes, the image {size}", location=made.uri)
                 record.size = size
         return AddResult(image_id=image_id, store=self.name, location=made, size=size, digests={}, stored=0, stat=stat)
+
+    def _copied(
+        self, opened: Connection, place: Location, image_id: str, size: int, metadata: Mapping[str, str], record: Record
+    ) -> Location:
+        """Copy, and again after temporary errors; what an attempt did whose answer was lost is looked into first."""
+        backoff = Backoff(opened.retry, notify=record.retried)
+        # Each attempt has a token of its own: what one left unfinished must not stand in the way of the next.
+        tokens: set[str | None] = set()
+        while True:
+            hints = Hints(token=secrets.token_hex(16), size=size, metadata=metadata)
+            repeated = bool(tokens)
+            tokens.add(hints.token)
+            try:
+                return opened.caller("copy", opened.verbs.copy, place, image_id, place, image_id, hints)
+            except StoreError as error:
+                if error.temporary or (repeated and isinstance(error, AlreadyExists)):
+                    made = opened.retrying("locate", lambda: opened.verbs.locate(image_id), notify=record.retried)
+                    if made is not None:
+                        stat = opened.retrying(
+                            "stat", functools.partial(opened.driver.stat, made), made, notify=record.retried
+                        )
+                        if stat.token in tokens:
+                            return made
+                        if stat.token is None:
+                            error.message += "; the copy is in doubt: look for the image before you copy it again"
+                            raise
+                        raise AlreadyExists("another image got this id first", location=made.uri) from error
+                backoff.failed(error, "copy")
 
     @contextlib.contextmanager
     def _slot(self, cancel: threading.Event | None) -> Iterator[None]:

@@ -6,15 +6,16 @@ PYTEST_DONT_REWRITE: to compare megabytes is quick, to explain how they differ i
 from __future__ import annotations
 
 import hashlib
+import secrets
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from imagestore._models import Retry
-from imagestore.driver import Block, Capabilities, Driver
+from imagestore.driver import Block, Capabilities, Driver, Hints
 from imagestore.errors import (
     AlreadyExists,
     DigestMismatch,
@@ -526,6 +527,36 @@ def metadata(kit: Kit) -> None:
     kit.assert_whole(image_id, data)
     kept = dict(kit.plain.stat(location).metadata)
     assert kept in (given, {}), f"metadata {kept} instead of {given}"
+
+
+@check("contract", *WRITER, "copy")
+def copied(kit: Kit) -> None:
+    """A copy inside the backend is an image of its own, and takes nobody's id."""
+    image_id, taken, data = kit.new_id(), kit.new_id(), kit.data(2.5)
+    place = kit.add(image_id, data).location
+    kit.add(taken, data[:10])
+    with raises(AlreadyExists):
+        kit.plain._copy(place, taken, None, None)
+    if kit.capabilities.collision != "last-wins":
+        # The store has looked before it asked: the driver must see it too.
+        with kit.driver() as driver:
+            error = _refusal(driver, place.uri, taken, len(data))
+        assert isinstance(error, AlreadyExists), f"{error!r}, and the id was taken"
+    kit.assert_whole(taken, data[:10])
+    copy_id = kit.new_id()
+    result = kit.plain._copy(place, copy_id, None, None)
+    assert result.location.uri == kit.plain.locate(copy_id).uri
+    assert result.stat.token is not None or not kit.capabilities.commit_proof, "stat() of a copy must tell its token"
+    kit.plain.delete(place)
+    kit.assert_whole(copy_id, data)
+
+
+def _refusal(driver: Any, uri: str, image_id: str, size: int) -> Exception | None:
+    try:
+        driver.copy(driver.parse(uri), image_id, Hints(token=secrets.token_hex(16), size=size))
+    except Exception as error:  # noqa: BLE001 - any is translated by the driver
+        return error if isinstance(error, StoreError) else driver.translate(error)
+    return None
 
 
 @check("contract", "create", "locate", "delete", "list")

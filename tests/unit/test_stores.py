@@ -338,6 +338,7 @@ class Copying(Named):
         if image_id in self.backend.images:
             raise AlreadyExists("taken")
         self.backend.images[image_id] = (hints.token, self.neighbour.backend.images[location.key[1]][1])
+        self.backend.happens("copied")
         return self.where(image_id)
 
 
@@ -360,6 +361,34 @@ def test_copy_inside_the_backend():
         assert backend.count("read") > reads, "digests need the bytes"
         second._template.backend.script = {"copy": [InvalidLocation("that is another cluster")]}
         assert stores.copy(place, "b", image_id="w", source="a").digests == SHA
+
+
+def test_a_copy_whose_answer_is_lost_is_looked_into():
+    engine = Engine(Limits())
+    first, second = (
+        Store(kind(store=name), engine=engine, retry=FAST) for kind, name in ((Named, "a"), (Copying, "b"))
+    )
+    with Stores([first, second], engine=engine) as stores:
+        place = first.add("x", DATA).location
+        second._template.neighbour = first._template
+        backend = second._template.backend
+        backend.script = {"copy": [Unavailable("try again")]}
+        assert stores.copy(place, "b", image_id="again", source="a").size == len(DATA)
+        backend.script = {"copied": [Unavailable("the answer is lost")]}
+        result = stores.copy(place, "b", image_id="lost", source="a")
+        assert (result.size, backend.images["lost"][1]) == (len(DATA), DATA)
+
+        def rival():
+            backend.images["rival"] = ("another", DATA)
+            return Unavailable("too late")
+
+        backend.script = {"copy": [rival]}
+        with pytest.raises(AlreadyExists):
+            stores.copy(place, "b", image_id="rival", source="a")
+        backend.script = {"copy": [Unavailable("never")] * 50}
+        with pytest.raises(Unavailable):
+            stores.copy(place, "b", image_id="never", source="a")
+        assert "never" not in backend.images
 
 
 def files(tmp_path, *names):

@@ -567,3 +567,48 @@ def test_not_applicable_is_not_a_catch() -> None:
     harness = MutantHarness(None, "plain")
     with contextlib.closing(harness), pytest.raises(NotApplicable, match="may be parallel"):
         run_check(CHECKS["contract.blocks_in_order"], harness)
+
+
+class Copies(Mutant):
+    """A good driver that can copy inside its backend."""
+
+    def copy(self, location: Location, image_id: str, hints: Hints) -> Location:
+        reading = self.inner.read(location, 0, None)
+        data = b"".join(reading.chunks)
+        reading.close()
+        upload = self.inner.create(image_id, hints)
+        for start in range(0, len(data), 65536):
+            piece = data[start : start + 65536]
+            upload.write(Block(index=start // 65536, offset=start, data=piece, last=start + len(piece) == len(data)))
+        upload.commit(len(data))
+        made: Location = upload.location
+        return made
+
+
+class CopiesOver(Copies):
+    def copy(self, location: Location, image_id: str, hints: Hints) -> Location:
+        if self.inner.locate(image_id) is not None:
+            self.inner.delete(self.inner.locate(image_id))
+        return super().copy(location, image_id, hints)
+
+
+class CopiesTheName(Copies):
+    def copy(self, location: Location, image_id: str, hints: Hints) -> Location:
+        super().copy(location, image_id, hints)
+        return location
+
+
+class CopiesAndMoves(Copies):
+    def copy(self, location: Location, image_id: str, hints: Hints) -> Location:
+        made = super().copy(location, image_id, hints)
+        self.inner.delete(location)
+        return made
+
+
+def test_copies_are_checked() -> None:
+    check = CHECKS["contract.copied"]
+    with contextlib.closing(MutantHarness(Copies, "plain")) as good:
+        run_check(check, good)
+    for kind in (CopiesOver, CopiesTheName, CopiesAndMoves):
+        with contextlib.closing(MutantHarness(kind, "plain")) as bad, pytest.raises(CAUGHT):
+            run_check(check, bad)
