@@ -18,7 +18,9 @@ SECONDS = 20.0  # of CPU time; a healthy inspection takes milliseconds
 # negative. All other such flips must be at the place that a finding names.
 REPAIRS: dict[str, tuple[tuple[int, int, str], ...]] = {
     "q2": ((4, 8, "version 2 has none of the fields of version 3"),),
+    "q30": ((4, 8, "version 2 has none of the fields of version 3"),),
     "q07": ((4, 8, "in version 2 the extensions begin earlier, where this one has an end mark"),),
+    "q08": ((4, 8, "version 2 has none of the fields of version 3"),),
     "q38": (
         (40, 48, "another L1 table: the guest's disk begins elsewhere"),
         (0x30000, 0x30008, "another L2 table"),
