@@ -15,7 +15,14 @@ from imagestore._pool import Engine
 from imagestore._reader import FailoverReader, ImageReader, ResumingReader, check_range, open_image
 from imagestore._source import SourceType, open_source
 from imagestore._store import Store
-from imagestore.errors import ConfigurationError, InvalidLocation, InvalidRequest, SourceError, StoreError
+from imagestore.errors import (
+    ConfigurationError,
+    InvalidLocation,
+    InvalidRequest,
+    SourceError,
+    StoreError,
+    Unsupported,
+)
 
 if TYPE_CHECKING:
     from imagestore.formats import Policy
@@ -250,8 +257,9 @@ class Stores:
         if image_id is None:
             raise InvalidRequest("the location does not tell the image's id: pass image_id=", location=str(place))
         if not expected and target._reaches(place):
-            # Some can tell only when they are connected that a place is in another backend than their own.
-            with contextlib.suppress(InvalidLocation):
+            # Some can tell only when they are connected that a place is in another backend than their own, or holds
+            # what they can't copy.
+            with contextlib.suppress(InvalidLocation, Unsupported):
                 return target._copy(place, image_id, metadata, observer)
         with origin.get(place, cancel=cancel) as reader:
             try:

@@ -345,9 +345,9 @@ def list_opts() -> list[tuple[str | cfg.OptGroup, list[cfg.Opt]]]:
 def available_drivers() -> dict[str, str]:
     """The driver types that are installed, each with the package that it comes from. Loads none of them."""
     found: dict[str, str] = {}
-    for entry in sorted(importlib.metadata.entry_points(group=DRIVER_GROUP), key=lambda entry: entry.name):
-        package = _package(entry)
-        found[entry.name] = f"{found[entry.name]}, {package}" if entry.name in found else package
+    entries = importlib.metadata.entry_points(group=DRIVER_GROUP)
+    for name, package in sorted((entry.name, _package(entry)) for entry in entries):
+        found[name] = f"{found[name]}, {package}" if name in found else package
     return found
 
 

@@ -43,8 +43,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, Self
 
+from imagestore._http_headers import http_date, retry_after
 from imagestore._models import (
     MIB,
     Leftover,
@@ -55,7 +56,15 @@ from imagestore._models import (
     Timeouts,
     Usage,
 )
-from imagestore.errors import InvalidLocation, InvalidOption, MissingDependency, StoreError, Unavailable
+from imagestore.errors import (
+    Cancelled,
+    InvalidLocation,
+    InvalidOption,
+    MissingDependency,
+    StoreError,
+    Unavailable,
+    redact,
+)
 
 if TYPE_CHECKING:
     from oslo_config import cfg
@@ -64,6 +73,7 @@ __all__ = [
     "IMAGE_ID",
     "Block",
     "Capabilities",
+    "Chunks",
     "Collision",
     "Driver",
     "Hints",
@@ -80,7 +90,9 @@ __all__ = [
     "Upload",
     "Usage",
     "Verbs",
+    "http_date",
     "require",
+    "retry_after",
     "split_credentials",
 ]
 
@@ -174,12 +186,90 @@ class Block:
 class Reading:
     """An open read: `stat` of what is read, `chunks` of bytes in order, and `close`, which may come at any time.
 
-    After `close`, `chunks` raises; it never just ends before its end.
+    After `close`, `chunks` raises; it never just ends before its end. `Chunks` sees to both.
     """
 
     stat: Stat
     chunks: Iterator[bytes]
     close: Callable[[], None]
+
+
+class Chunks(ABC):
+    """The chunks of a `Reading` and its ``close``, for a backend that is asked for one after the other.
+
+    Subclasses implement `fetch` and `release`; their constructors call ``super().__init__()``. ``read`` ends with
+    ``return Reading(stat=stat, chunks=chunks, close=chunks.close)``.
+
+    `fetch` runs in one thread at a time, and never again after the end, an error or `close`. `release` is called
+    exactly once, after whichever of them comes first, and never while `fetch` runs. What is asked for after the end
+    ends again; after an error or `close` it raises `Cancelled`.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._closed = False
+        self._ended = False
+        self._released = False
+
+    @abstractmethod
+    def fetch(self) -> bytes:
+        """The next bytes; ``b""`` at the end, and only there. Raises if the backend ends before."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give up what the read holds. If `fetch` has failed, an error here becomes a note to that one's."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        with self._turn:
+            if self._ended:
+                raise StopIteration
+            if self._closed:
+                self._let_go()
+                raise Cancelled("the read was closed")
+            try:
+                data = self.fetch()
+            except BaseException as error:
+                self._closed = True
+                self._let_go(error)
+                raise
+            if not data:
+                self._ended = True
+                self._let_go()
+                raise StopIteration
+        if self._closed:
+            self._settle()  # type: ignore[unreachable]  # not if another thread has closed it meanwhile
+        return data
+
+    def close(self) -> None:
+        """Give the read up: at once, or when the thread that is in `fetch` has come out, for which it doesn't wait.
+
+        Where a `fetch` that waits can be woken from another thread, override it and do so after
+        ``super().close()``.
+        """
+        self._closed = True
+        self._settle()
+
+    def _settle(self) -> None:
+        # Whoever has the turn looks for a close that came meanwhile: inside, or when it has given the turn back.
+        if self._turn.acquire(blocking=False):
+            try:
+                self._let_go()
+            finally:
+                self._turn.release()
+
+    def _let_go(self, cause: BaseException | None = None) -> None:
+        if self._released:
+            return
+        self._released = True
+        try:
+            self.release()
+        except Exception as error:
+            if cause is None:
+                raise
+            cause.add_note(f"giving up the read failed too: {type(error).__name__}: {redact(str(error))}")
 
 
 class Options:

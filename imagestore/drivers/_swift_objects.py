@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import quote, unquote
 
-from imagestore.driver import IMAGE_ID, Leftover, Stat
+from imagestore.driver import IMAGE_ID, Leftover, Stat, http_date, retry_after
 from imagestore.drivers._swift_account import Client
 from imagestore.errors import (
     Changed,
@@ -313,7 +311,7 @@ class Container:
         if claimed and not held:
             return None
         image_id = headers.get(f"{META}Id", "")
-        started = _http_moment(headers.get("Last-Modified"))
+        started = http_date(headers.get("Last-Modified"))
         moments = [moment for entry in held if (moment := moment_of(entry))]
         return Leftover(
             token=token,
@@ -449,7 +447,7 @@ def error_of(error: Any) -> StoreError:
     message = (
         f"Swift answered {status}{f': {text}' if text else ''}{f' (transaction {transaction})' if transaction else ''}"
     )
-    wait = _retry_after(headers.get("Retry-After"))
+    wait = retry_after(headers.get("Retry-After"), headers.get("Date"))
     if status in (413, 503) and wait is not None:
         return RateLimited(message, retry_after=wait)
     if 300 <= status < 400:
@@ -458,16 +456,6 @@ def error_of(error: Any) -> StoreError:
     if kind is DigestMismatch:
         return DigestMismatch(f"what arrived is not what was sent: {message}", temporary=True)
     return kind(message, retry_after=wait)
-
-
-def _retry_after(text: str | None) -> float | None:
-    """Seconds, or a date (RFC 9110, 10.2.3)."""
-    if not text:
-        return None
-    if text.strip().isdigit():
-        return float(text)
-    moment = _http_moment(text)
-    return None if moment is None else max(0.0, moment.timestamp() - time.time())
 
 
 def no_container(name: str) -> ConfigurationError:
@@ -482,7 +470,7 @@ def describe(headers: Mapping[str, str], name: str, size: int) -> Stat:
         size=size,
         version=etag_of(headers) or None,
         token=token_of(headers, name),
-        modified=_http_moment(headers.get("Last-Modified")),
+        modified=http_date(headers.get("Last-Modified")),
         metadata=_decode_metadata(headers),
     )
 
@@ -537,10 +525,3 @@ def moment_of(entry: Mapping[str, Any]) -> datetime | None:
     except ValueError:
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _http_moment(text: str | None) -> datetime | None:
-    try:
-        return parsedate_to_datetime(text) if text else None
-    except ValueError:
-        return None

@@ -36,6 +36,7 @@ from imagestore.driver import (
     IMAGE_ID,
     Block,
     Capabilities,
+    Chunks,
     Driver,
     Hints,
     Leftover,
@@ -48,7 +49,6 @@ from imagestore.driver import (
 )
 from imagestore.errors import (
     AlreadyExists,
-    Cancelled,
     Changed,
     ConfigurationError,
     InUse,
@@ -883,54 +883,30 @@ class _Upload(Upload):
                 os.unlink(self._part, dir_fd=self._directory.fd)
 
 
-class _Chunks:
+class _Chunks(Chunks):
     """The bytes of a file from ``position`` to ``stop``; an error if it ends before, or is written to meanwhile."""
 
     def __init__(self, file: _File, position: int, stop: int, version: str) -> None:
+        super().__init__()
         self._file = file
         self._position = position
         self._stop = stop
         self._version = version
-        self._lock = threading.Lock()
-        self._busy = False
-        self._closed = False
 
-    def __iter__(self) -> _Chunks:
-        return self
+    def fetch(self) -> bytes:
+        if self._position >= self._stop:
+            return b""
+        data = os.pread(self._file.fd, min(_CHUNK, self._stop - self._position), self._position)
+        if not data:
+            raise Changed("the file became shorter while it was read")
+        self._position += len(data)
+        if self._position == self._stop:
+            # Before the last bytes are given away: who counts them need not ask for more.
+            _require_version(_state(os.fstat(self._file.fd)), self._version)
+        return data
 
-    def __next__(self) -> bytes:
-        with self._lock:
-            if self._position >= self._stop:
-                self._closed = True
-                self._file.close()
-                raise StopIteration
-            if self._closed:
-                raise Cancelled("the read was closed")
-            self._busy = True
-        try:
-            data = os.pread(self._file.fd, min(_CHUNK, self._stop - self._position), self._position)
-            if not data:
-                raise Changed("the file became shorter while it was read")
-            if self._position + len(data) == self._stop:
-                # Before the last bytes are given away: who counts them need not ask for more.
-                _require_version(_state(os.fstat(self._file.fd)), self._version)
-            self._position += len(data)
-            return data
-        except BaseException:
-            self._closed = True
-            raise
-        finally:
-            with self._lock:
-                self._busy = False
-                if self._closed:
-                    self._file.close()
-
-    def close(self) -> None:
-        """Close the file: at once, or when the read that another thread is in has returned."""
-        with self._lock:
-            self._closed = True
-            if not self._busy:
-                self._file.close()
+    def release(self) -> None:
+        self._file.close()
 
 
 def _make_directories(path: str) -> None:

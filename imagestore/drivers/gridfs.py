@@ -39,6 +39,7 @@ from imagestore.driver import (
     IMAGE_ID,
     Block,
     Capabilities,
+    Chunks,
     Driver,
     Hints,
     Leftover,
@@ -594,17 +595,17 @@ class _Upload(Upload):
         self._driver._forget(self._token)
 
 
-class _Chunks:
+class _Chunks(Chunks):
     """The bytes of a file from ``start`` to ``stop``, chunk by chunk; an error where one is missing."""
 
     def __init__(self, driver: GridFSDriver, document: dict[str, Any], start: int, stop: int) -> None:
+        super().__init__()
         self._driver = driver
         self._files_id = document["_id"]
         self._size: int = document["chunkSize"]
         self._length: int = document["length"]
         self._position = start
         self._stop = stop
-        self._closed = False
         wanted = {"$gte": start // self._size, "$lte": max(stop - 1, 0) // self._size}
         self._cursor = (
             driver._chunks.find({"files_id": self._files_id, "n": wanted}, {"_id": 0, "n": 1, "data": 1})
@@ -612,25 +613,14 @@ class _Chunks:
             .batch_size(max(1, _BATCH // self._size))
         )
 
-    def __iter__(self) -> _Chunks:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._closed:
-            raise Cancelled("the read was closed")
+    def fetch(self) -> bytes:
         if self._position >= self._stop:
-            self._cursor.close()
-            raise StopIteration
+            return b""
         number = self._position // self._size
         first = number * self._size
-        try:
-            chunk = next(self._cursor, None)
-            if chunk is None or chunk["n"] != number or len(chunk["data"]) != min(self._size, self._length - first):
-                raise self._missing(number)
-        except Exception as error:
-            if self._closed:
-                raise Cancelled("the read was closed") from error
-            raise
+        chunk = next(self._cursor, None)
+        if chunk is None or chunk["n"] != number or len(chunk["data"]) != min(self._size, self._length - first):
+            raise self._missing(number)
         data: bytes = chunk["data"][self._position - first : self._stop - first]
         self._position += len(data)
         return data
@@ -640,9 +630,8 @@ class _Chunks:
             return Unavailable("the image was deleted while it was read")
         return IntegrityError(f"chunk {number} of the image is missing or has a wrong length")
 
-    def close(self) -> None:
+    def release(self) -> None:
         """End the cursor in the server."""
-        self._closed = True
         self._cursor.close()
 
 

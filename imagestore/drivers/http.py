@@ -24,10 +24,7 @@ import contextlib
 import re
 import ssl
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, Final, Self
 
@@ -35,15 +32,17 @@ from oslo_config import cfg
 
 from imagestore.driver import (
     Capabilities,
+    Chunks,
     Driver,
     Location,
     Reading,
     Stat,
+    http_date,
     require,
+    retry_after,
 )
 from imagestore.drivers._http_guard import Guard, Rule, Target, parse_rule, parse_target
 from imagestore.errors import (
-    Cancelled,
     Changed,
     ConfigurationError,
     InvalidLocation,
@@ -454,36 +453,16 @@ def _failure(status: int, headers: Mapping[str, str]) -> StoreError:
     message = f"the server answered {status}"
     with contextlib.suppress(ValueError):
         message = f"{message} ({HTTPStatus(status).phrase})"
-    wait = _retry_after(headers)
+    wait = retry_after(headers.get("Retry-After"), headers.get("Date"))
     if status == 503 and wait is not None:
         return RateLimited(message, retry_after=wait)
     kind = _FAILURES.get(status, Unavailable if 500 <= status < 600 else StoreError)
     return kind(message, retry_after=wait, temporary=False if status in _LASTING else None)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait: a number, or a date (RFC 9110, 10.2.3) seen from the server's own clock."""
-    text = headers.get("Retry-After", "").strip()
-    if _DIGITS.fullmatch(text):
-        return float(text)
-    until = _date(text)
-    if until is None:
-        return None
-    now = _date(headers.get("Date", "")) or datetime.now(UTC)
-    return max(0.0, (until - now).total_seconds())
-
-
-def _date(text: str) -> datetime | None:
-    try:
-        found = parsedate_to_datetime(text)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
 def _stat(response: Any, size: int) -> Stat:
     return Stat(
-        size=size, version=_version(response.headers), modified=_date(response.headers.get("Last-Modified", ""))
+        size=size, version=_version(response.headers), modified=http_date(response.headers.get("Last-Modified"))
     )
 
 
@@ -537,53 +516,28 @@ def _chunks(response: Any, size: int, start: int, stop: int | None) -> _Chunks:
     return _Chunks(response, count=end - start, held=last + 1 - start)
 
 
-class _Chunks:
+class _Chunks(Chunks):
     """The bytes of an answer; an error if it ends before all of them came, or goes on after that."""
 
     def __init__(
         self, response: Any, *, count: int, skip: int = 0, held: int | None = None, whole: bool = True
     ) -> None:
         """``count`` bytes after the first ``skip``, of which the answer holds ``held``; ``whole``: then it ends."""
+        super().__init__()
         self._response = response
         self._read = _reader(response)
         self._skip = skip
         self._left = count
         self._held = count if held is None else held
         self._whole = whole
-        self._lock = threading.Lock()
-        self._busy = False
-        self._closed = False
-        self._ended = False
 
-    def __iter__(self) -> _Chunks:
-        return self
-
-    def __next__(self) -> bytes:
-        with self._lock:
-            if self._ended:
-                raise StopIteration
-            if self._closed:
-                raise Cancelled("the read was closed")
-            self._busy = True
-        try:
-            data = self._next()
-        except BaseException:
-            self._closed = True
-            raise
-        finally:
-            with self._lock:
-                self._busy = False
-                if self._closed:
-                    self._response.close()
-        if not data:
-            raise StopIteration
-        return data
-
-    def _next(self) -> bytes:
+    def fetch(self) -> bytes:
         while self._skip:
             self._skip -= len(self._some(self._skip))
         if not self._left:
-            self._finish()
+            # To be read up to its end is what makes a connection fit for use again.
+            if self._whole and self._read(1):
+                raise StoreError("the server sends more than it said")
             return b""
         if not self._held:
             raise Unavailable(f"the server sent only a part of what it was asked for: {self._left} bytes are missing")
@@ -606,18 +560,8 @@ class _Chunks:
                 length += len(parts[-1])
         return b"".join(parts)
 
-    def _finish(self) -> None:
-        """After the last byte. To be read up to its end is what makes a connection fit for use again."""
-        if self._whole and self._read(1):
-            raise StoreError("the server sends more than it said")
-        self._ended = self._closed = True
-
-    def close(self) -> None:
-        """Give the connection up: at once, or when the read that another thread is in has returned."""
-        with self._lock:
-            self._closed = True
-            if not self._busy:
-                self._response.close()
+    def release(self) -> None:
+        self._response.close()
 
 
 def _native(error: Exception) -> bool:

@@ -18,6 +18,7 @@ from oslo_config import cfg
 from imagestore.driver import (
     IMAGE_ID,
     Capabilities,
+    Chunks,
     Driver,
     Hints,
     Leftover,
@@ -305,36 +306,39 @@ def areas(pieces: Iterable[tuple[int, int]], start: int, stop: int) -> Iterator[
 
 
 def _reading(stat: Stat, pieces: Iterable[Piece], start: int, stop: int) -> Reading:
-    closed = False
+    chunks = _Chunks(_cut(pieces, start, stop))
+    return Reading(stat=stat, chunks=chunks, close=chunks.close)
 
-    def close() -> None:
-        nonlocal closed
-        closed = True
 
-    def chunks() -> Iterator[bytes]:
-        position = start
-        for offset, length, load in pieces:
-            low, high = max(offset, position), min(offset + length, stop)
-            if low >= high:
-                continue
-            while position < low:
-                yield check(_ZEROS[: low - position])
-                position += min(CHUNK, low - position)
-            data = load()
-            while position < high:
-                chunk = data[position - offset : min(position + CHUNK, high) - offset]
-                yield check(chunk)
-                position += len(chunk)
-        while position < stop:
-            yield check(_ZEROS[: stop - position])
-            position += min(CHUNK, stop - position)
+class _Chunks(Chunks):
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        super().__init__()
+        self._pieces = pieces
 
-    def check(chunk: bytes) -> bytes:
-        if closed:
-            raise BackendError("closed", "the read was closed")
-        return chunk
+    def fetch(self) -> bytes:
+        return next(self._pieces, b"")
 
-    return Reading(stat=stat, chunks=chunks(), close=close)
+    def release(self) -> None:
+        self._pieces = iter(())
+
+
+def _cut(pieces: Iterable[Piece], position: int, stop: int) -> Iterator[bytes]:
+    """The bytes from ``position`` to ``stop``, in chunks; zeros where there is no piece."""
+    for offset, length, load in pieces:
+        low, high = max(offset, position), min(offset + length, stop)
+        if low >= high:
+            continue
+        while position < low:
+            yield _ZEROS[: low - position]
+            position += min(CHUNK, low - position)
+        data = load()
+        while position < high:
+            chunk = data[position - offset : min(position + CHUNK, high) - offset]
+            yield chunk
+            position += len(chunk)
+    while position < stop:
+        yield _ZEROS[: stop - position]
+        position += min(CHUNK, stop - position)
 
 
 def _moment(seconds: float) -> datetime:

@@ -54,50 +54,57 @@ from imagestore.driver import (
     Upload,
     require,
 )
+from imagestore.drivers._s3_answers import (
+    TOKEN,
+    TOKEN_KEY,
+    Body,
+    BodyChunks,
+    code_of,
+    content_md5,
+    describe,
+    encode_metadata,
+    etag_of,
+    is_right,
+    meaning_of,
+    metadata_of,
+    need,
+    refuses,
+    source_changed,
+    status_of,
+    total_of,
+)
 from imagestore.errors import (
     AlreadyExists,
     Cancelled,
     Changed,
     ConfigurationError,
     DigestMismatch,
-    IntegrityError,
     InvalidLocation,
     InvalidRequest,
-    LimitExceeded,
     NotFound,
     PermissionDenied,
-    RateLimited,
     StoreError,
-    StoreFull,
-    StoreTimeout,
-    Unauthenticated,
     Unavailable,
     Unsupported,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["S3Driver"]
 
 _MIB: Final = 1024 * 1024
-_CHUNK: Final = 256 * 1024
 _PART_MIN: Final = 5 * _MIB
 _PART_MAX: Final = 5 * 1024 * _MIB
 _PARTS_MAX: Final = 10_000
 _COPY_PART: Final = 256 * _MIB
 _SIGNED_MAX: Final = 7 * 24 * 3600
-_METADATA_MAX: Final = 1800
 
 _AWS_HOST: Final = "s3.amazonaws.com"
-_TOKEN_KEY: Final = "imagestore-token"  # noqa: S105 - the name of a header
-_METADATA_KEY: Final = "imagestore-metadata"
 _IMAGE_KEY: Final = "imagestore-image"
 _UPLOAD_KEY: Final = "imagestore-upload"
 _MARK_TEXT: Final = b"An upload that is not finished. imagestore removes it when it is over, or is collected.\n"
-_TOKEN: Final = re.compile(r"[0-9a-f]{32}")
 _MARK: Final = re.compile(r"([0-9a-f]{32})-[0-9a-f]{8}")
-_MD5: Final = re.compile(r"[0-9a-f]{32}")
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _PREFIX: Final = re.compile(r"(?:[A-Za-z0-9!_*'()-][A-Za-z0-9!_.*'()-]*/)*(?:[A-Za-z0-9!_*'()-][A-Za-z0-9!_.*'()-]*)?")
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?")
@@ -105,74 +112,6 @@ _ODD: Final = re.compile(r"[\x00-\x1f\x7f?#%\\]")
 
 _FEATURES_KEPT: Final = timedelta(days=7)
 _BEGIN_WINDOW: Final = timedelta(minutes=5)
-
-_HINT_RIGHTS: Final = "the credentials need the rights to list the bucket and to read, write and delete its objects"
-_HINT_CLOCK: Final = "the clocks of this host and of the server differ too much"
-_HINT_REGION: Final = "the bucket is in another region, or behind another endpoint: check options region and endpoint"
-
-_CODES: Final[dict[str, tuple[type[StoreError], str]]] = {
-    "NoSuchKey": (NotFound, "no such object"),
-    "NoSuchUpload": (NotFound, "no such upload: it was discarded, or is complete"),
-    "NoSuchVersion": (NotFound, "no such version"),
-    "NoSuchBucket": (ConfigurationError, "the bucket does not exist: create it, or set option create_bucket"),
-    "InvalidBucketName": (ConfigurationError, "the server does not accept the bucket's name: check option bucket"),
-    "PermanentRedirect": (ConfigurationError, _HINT_REGION),
-    "TemporaryRedirect": (Unavailable, "the bucket is being made or moved"),
-    "AuthorizationHeaderMalformed": (ConfigurationError, _HINT_REGION),
-    "IllegalLocationConstraintException": (ConfigurationError, _HINT_REGION),
-    "InvalidLocationConstraint": (ConfigurationError, "the server does not know this region: check option region"),
-    "BucketAlreadyExists": (ConfigurationError, "the bucket belongs to somebody else: choose another name"),
-    "InvalidStorageClass": (ConfigurationError, "the server does not know this storage class"),
-    "KMS.NotFoundException": (ConfigurationError, "there is no such KMS key: check option kms_key"),
-    "KMS.DisabledException": (ConfigurationError, "the KMS key is disabled"),
-    "InvalidAccessKeyId": (Unauthenticated, "the server does not know the access key"),
-    "SignatureDoesNotMatch": (Unauthenticated, "the secret key is wrong"),
-    "ExpiredToken": (Unauthenticated, "the credentials have expired"),
-    "InvalidToken": (Unauthenticated, "the session token is not valid"),
-    "TokenRefreshRequired": (Unauthenticated, "the credentials have expired"),
-    "RequestTimeTooSkewed": (Unauthenticated, _HINT_CLOCK),
-    "RequestExpired": (Unauthenticated, _HINT_CLOCK),
-    "AccessDenied": (PermissionDenied, f"access denied: {_HINT_RIGHTS}"),
-    "AllAccessDisabled": (PermissionDenied, "all access to the bucket is disabled"),
-    "UserSuspended": (PermissionDenied, "the user is suspended"),
-    "QuotaExceeded": (StoreFull, "the quota is used up"),
-    "XMinioAdminBucketQuotaExceeded": (StoreFull, "the bucket's quota is used up"),
-    "XMinioStorageFull": (StoreFull, "the server has no space left"),
-    "EntityTooLarge": (LimitExceeded, "the image is larger than the server can hold"),
-    "MetadataTooLarge": (InvalidRequest, "the metadata are too long"),
-    "SlowDown": (RateLimited, "the server asks to slow down"),
-    "SlowDownRead": (RateLimited, "the server asks to slow down"),
-    "SlowDownWrite": (RateLimited, "the server asks to slow down"),
-    "TooManyRequests": (RateLimited, "the server asks to slow down"),
-    "RequestLimitExceeded": (RateLimited, "the server asks to slow down"),
-    "BandwidthLimitExceeded": (RateLimited, "the server asks to slow down"),
-    "RequestTimeout": (StoreTimeout, "the server waited too long for the request"),
-    "OperationAborted": (Unavailable, "another operation on the same object is going on"),
-    "ConditionalRequestConflict": (Unavailable, "another operation on the same object is going on"),
-    "IncompleteBody": (Unavailable, "the server did not get the whole request"),
-    "InvalidPart": (IntegrityError, "a part is not there as it was sent"),
-    "InvalidObjectState": (StoreError, "the object is archived: restore it before it can be read"),
-    "NotImplemented": (Unsupported, "the server has no such operation"),
-    "MethodNotAllowed": (Unsupported, "the server does not allow this operation"),
-}
-_STATUSES: Final[dict[int, tuple[type[StoreError], str]]] = {
-    301: (ConfigurationError, _HINT_REGION),
-    307: (Unavailable, "the bucket is being made or moved"),
-    400: (StoreError, "the server refused the request: check options region and encryption, and that no token expired"),
-    401: (Unauthenticated, "the server does not accept the credentials"),
-    403: (PermissionDenied, f"access denied: {_HINT_RIGHTS}"),
-    404: (NotFound, "no such object"),
-    405: (Unsupported, "the server does not allow this operation"),
-    408: (StoreTimeout, "the server waited too long for the request"),
-    409: (Unavailable, "another operation on the same object is going on"),
-    412: (Changed, "the object is not what it was"),
-    413: (StoreFull, "the server has no room for so much"),
-    416: (Changed, "the object is shorter than it was"),
-    429: (RateLimited, "the server asks to slow down"),
-    501: (Unsupported, "the server has no such operation"),
-    507: (StoreFull, "the server has no space left"),
-}
-_DAMAGED: Final = frozenset({"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,15 +393,15 @@ class S3Driver(Driver):
         try:
             answer, text = self._get(f"{self._own}features")
         except Exception as error:
-            if _code(error) == "NoSuchBucket" and self.settings.create_bucket:
+            if code_of(error) == "NoSuchBucket" and self.settings.create_bucket:
                 self._create_bucket()
                 return None
-            if _status(error) != 404 or _code(error) == "NoSuchBucket":
+            if status_of(error) != 404 or code_of(error) == "NoSuchBucket":
                 raise
             return None
         try:
             told = json.loads(text)
-            fresh = datetime.now(UTC) - _need(answer, "LastModified") < _FEATURES_KEPT
+            fresh = datetime.now(UTC) - need(answer, "LastModified") < _FEATURES_KEPT
             if fresh and told["endpoint"] == self._root.host:
                 return bool(told["put"]), bool(told["complete"])
         except (ValueError, KeyError, TypeError):
@@ -477,7 +416,7 @@ class S3Driver(Driver):
         try:
             self._call("create_bucket", **where)
         except Exception as error:
-            if _code(error) != "BucketAlreadyOwnedByYou":
+            if code_of(error) != "BucketAlreadyOwnedByYou":
                 raise
 
     def _find_features(self) -> tuple[bool, bool]:
@@ -491,7 +430,7 @@ class S3Driver(Driver):
                 return False, False
             raise
         try:
-            put = _refuses(lambda: self._put(key, b"2", IfNoneMatch="*"))
+            put = refuses(lambda: self._put(key, b"2", IfNoneMatch="*"))
             complete = put and self._complete_refuses(key)
         finally:
             # What stays behind looks like a leftover, and is one.
@@ -503,10 +442,10 @@ class S3Driver(Driver):
         return put, complete
 
     def _complete_refuses(self, key: str) -> bool:
-        upload = _need(self._call("create_multipart_upload", Key=key, **self._encryption), "UploadId")
+        upload = need(self._call("create_multipart_upload", Key=key, **self._encryption), "UploadId")
         part = self._call("upload_part", Key=key, UploadId=upload, PartNumber=1, Body=b"3", **self._customer)
-        parts = [{"PartNumber": 1, "ETag": _need(part, "ETag")}]
-        return _refuses(lambda: self._complete(key, upload, parts, IfNoneMatch="*"))
+        parts = [{"PartNumber": 1, "ETag": need(part, "ETag")}]
+        return refuses(lambda: self._complete(key, upload, parts, IfNoneMatch="*"))
 
     # Small objects of our own
 
@@ -536,7 +475,7 @@ class S3Driver(Driver):
             yield from page.get("Contents", ())
             if not page.get("IsTruncated"):
                 return
-            marker = {"ContinuationToken": _need(page, "NextContinuationToken")}
+            marker = {"ContinuationToken": need(page, "NextContinuationToken")}
 
     # Locations
 
@@ -609,19 +548,19 @@ class S3Driver(Driver):
             NotFound: there is no such object.
         """
         answer = self._found("head_object", location)
-        size = _need(answer, "ContentLength")
+        size = need(answer, "ContentLength")
         # A connection that ends within a header line gives a shorter one, and no body follows that could show it.
         last = [*answer.get("ResponseMetadata", {}).get("HTTPHeaders", ())][-1:]
         if last == ["content-length"] and self._found("head_object", location).get("ContentLength") != size:
             raise Unavailable("the server told two different sizes")
-        return _stat(answer, size)
+        return describe(answer, size)
 
     def _found(self, operation: str, location: Location, **arguments: Any) -> Any:
         try:
             return self._call(operation, **self._place(location), **self._customer, **arguments)
         except Exception as error:
             # A HEAD has no body that could tell what was not found.
-            if _status(error) == 404 and _code(error) != "NoSuchBucket":
+            if status_of(error) == 404 and code_of(error) != "NoSuchBucket":
                 raise NotFound("no such object") from error
             raise
 
@@ -638,17 +577,16 @@ class S3Driver(Driver):
             arguments["IfMatch"] = f'"{version}"'
         answer = self._found("get_object", location, **arguments)
         try:
-            length = size = _need(answer, "ContentLength")
+            length = size = need(answer, "ContentLength")
             if not whole:
-                size = _total(answer.get("ContentRange"), start)
-            stat = _stat(answer, size)
+                size = total_of(answer.get("ContentRange"), start)
+            stat = describe(answer, size)
             if version is not None and stat.version != version:
                 raise Changed("the object was replaced")
             if length != (size if stop is None else stop) - start:
                 raise Unavailable("the server's answer has another length than was asked for")
-            chunks = _Chunks(answer["Body"], length)
             # A head is known to be whole, and its numbers right, when something comes after it.
-            chunks.begin()
+            chunks = BodyChunks(answer["Body"], length)
         except BaseException:
             answer["Body"].close()
             raise
@@ -735,7 +673,7 @@ class S3Driver(Driver):
             # A part that was on its way meanwhile may keep it alive (AbortMultipartUpload in the reference).
             left = self._call("list_parts", Key=key, UploadId=upload_id, MaxParts=1, **self._customer)
         except Exception as error:
-            if _status(error) != 404 or _code(error) == "NoSuchBucket":
+            if status_of(error) != 404 or code_of(error) == "NoSuchBucket":
                 raise
             return
         if left.get("Parts"):
@@ -760,7 +698,7 @@ class S3Driver(Driver):
                 )
         for item in self._objects(self._probes):
             token = item["Key"][len(self._probes) :]
-            if _TOKEN.fullmatch(token):
+            if TOKEN.fullmatch(token):
                 modified = item["LastModified"]
                 yield Leftover(
                     token=token, bytes=item["Size"], started=modified, last_activity=modified, key=(item["Key"],)
@@ -773,7 +711,7 @@ class S3Driver(Driver):
             InvalidRequest: ``leftover`` is not from this store.
         """
         key = leftover.key[0] if leftover.key else ""
-        if key.startswith(self._probes) and _TOKEN.fullmatch(key[len(self._probes) :]):
+        if key.startswith(self._probes) and TOKEN.fullmatch(key[len(self._probes) :]):
             self._discard_probe(key)
             return
         if not key.startswith(self._marks) or not _MARK.fullmatch(key[len(self._marks) :]):
@@ -802,15 +740,15 @@ class S3Driver(Driver):
         try:
             answer, text = self._get(key)
         except Exception as error:
-            if _code(error) == "NoSuchKey":
+            if code_of(error) == "NoSuchKey":
                 return None
             raise
-        told = _metadata(answer)
+        told = metadata_of(answer)
         if not IMAGE_ID.fullmatch(told.get(_IMAGE_KEY, "")):
             return None
         if not text:
             raise Unavailable("the server's answer ended within its head")
-        return _Mark(key, told[_IMAGE_KEY], told.get(_UPLOAD_KEY) or None, _need(answer, "LastModified"))
+        return _Mark(key, told[_IMAGE_KEY], told.get(_UPLOAD_KEY) or None, need(answer, "LastModified"))
 
     def _stored(self, mark: _Mark) -> tuple[int, datetime]:
         """How many bytes a marked upload holds, and when the last of them came."""
@@ -821,7 +759,7 @@ class S3Driver(Driver):
             try:
                 page = self._call("list_parts", **target, **marker, **self._customer)
             except Exception as error:
-                if _status(error) != 404 or _code(error) == "NoSuchBucket":
+                if status_of(error) != 404 or code_of(error) == "NoSuchBucket":
                     raise
                 break
             for part in page.get("Parts", ()):
@@ -829,7 +767,7 @@ class S3Driver(Driver):
                 last = max(last, part["LastModified"])
             if not page.get("IsTruncated"):
                 break
-            marker = {"PartNumberMarker": _need(page, "NextPartNumberMarker")}
+            marker = {"PartNumberMarker": need(page, "NextPartNumberMarker")}
         return count, last
 
     def _multipart_uploads(self, key: str) -> Iterator[dict[str, Any]]:
@@ -839,7 +777,7 @@ class S3Driver(Driver):
             yield from (upload for upload in page.get("Uploads", ()) if upload["Key"] == key)
             if not page.get("IsTruncated"):
                 return
-            marker = {"KeyMarker": _need(page, "NextKeyMarker"), "UploadIdMarker": _need(page, "NextUploadIdMarker")}
+            marker = {"KeyMarker": need(page, "NextKeyMarker"), "UploadIdMarker": need(page, "NextUploadIdMarker")}
 
     def _strays(self, mark: _Mark, target: str) -> Sequence[str]:
         """Uploads that may have been begun under this mark without its learning their ids.
@@ -865,50 +803,7 @@ class S3Driver(Driver):
     # Errors
 
     def translate(self, error: Exception, /) -> StoreError | None:
-        """What an error of the SDK means: by the server's code, else by the status, else by its class."""
-        response = getattr(error, "response", None)
-        if isinstance(response, dict) and "Error" in response:
-            return self._refusal(error, response)
-        exceptions = require("botocore.exceptions", extra="s3")
-        text = f"{type(error).__name__}: {error}"
-        if isinstance(error, (exceptions.ReadTimeoutError, exceptions.ConnectTimeoutError)) or _timed_out(error):
-            return StoreTimeout(text)
-        if isinstance(error, exceptions.SSLError):
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                return ConfigurationError(f"the server's certificate is not trusted: check option cacert: {error}")
-            return Unavailable(text)
-        if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.SSOError)):
-            return Unauthenticated(f"set access_key and secret_key, or give the SDK credentials: {error}")
-        if isinstance(error, (exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)):
-            return Unavailable(text)
-        if isinstance(error, exceptions.ParamValidationError):
-            return InvalidRequest(text)
-        broken = (
-            exceptions.ConnectionError,
-            exceptions.HTTPClientError,
-            exceptions.IncompleteReadError,
-            exceptions.ChecksumError,
-            exceptions.FlexibleChecksumError,
-            require("botocore.parsers", extra="s3").ResponseParserError,
-            require("urllib3.exceptions", extra="s3").HTTPError,
-        )
-        if isinstance(error, (*broken, OSError)):
-            return Unavailable(text)
-        return None
-
-    def _refusal(self, error: Exception, response: dict[str, Any]) -> StoreError:
-        code, status = _code(error), _status(error)
-        said = response["Error"].get("Message") or ""
-        wait = _seconds(response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after"))
-        if code in _DAMAGED:
-            # The bytes in memory are right, so that sending them again helps.
-            return DigestMismatch(f"the bytes were damaged on their way ({code})", temporary=True)
-        known = _CODES.get("SlowDown" if code.startswith("Throttl") else code) or _STATUSES.get(status)
-        if known is None and (status >= 500 or code == "InternalError"):
-            known = (RateLimited if wait is not None else Unavailable, "the server failed")
-        kind, meaning = known or (StoreError, "the server refused the request")
-        about = f" (bucket {self._bucket})" if issubclass(kind, (ConfigurationError, PermissionDenied)) else ""
-        return kind(f"{meaning}{about}: {code} {said}".rstrip(), retry_after=wait)
+        return meaning_of(error, self._bucket)
 
 
 class _Upload(Upload):
@@ -920,7 +815,7 @@ class _Upload(Upload):
         self._image_id = image_id
         self._key = location.key[1]
         self._token = hints.token
-        self._metadata = _encode(hints)
+        self._metadata = encode_metadata(hints)
         self._mark = f"{driver._marks}{hints.token}-{secrets.token_hex(4)}"
         self._lock = threading.Lock()
         # Whether there may be a mark, whether it is there for certain, and whether it tells the upload's id.
@@ -952,7 +847,7 @@ class _Upload(Upload):
                 self._announced = True
             if self._upload_id is None:
                 before, self._doubt = self._doubt, True
-                self._upload_id = _need(
+                self._upload_id = need(
                     driver._call("create_multipart_upload", Key=self._key, **self._making()), "UploadId"
                 )
                 self._doubt = before
@@ -977,13 +872,13 @@ class _Upload(Upload):
             Key=self._key,
             UploadId=self._upload_id,
             PartNumber=number,
-            Body=_Body(block.data),
-            **_md5(block),
+            Body=Body(block.data),
+            **content_md5(block),
             **self._driver._customer,
         )
-        if not _right(answer, block):
+        if not is_right(answer, block):
             raise DigestMismatch("the server's ETag of a part is not the MD5 of what was sent", temporary=True)
-        self._parts[number] = _etag(answer)
+        self._parts[number] = etag_of(answer)
 
     def commit(self, size: int, /) -> None:
         """Make the object visible: complete the multipart upload, or put an object of one block or none.
@@ -1000,7 +895,7 @@ class _Upload(Upload):
             else:
                 self._put()
         except Exception as error:
-            if _status(error) == 412:
+            if status_of(error) == 412:
                 raise AlreadyExists("there is an image of that id already") from error
             raise
         self._committed = True
@@ -1023,14 +918,14 @@ class _Upload(Upload):
         if not driver._conditional_put and self._stands():
             return
         condition = {"IfNoneMatch": "*"} if driver._conditional_put else {}
-        body = {"Body": _Body(block.data), **_md5(block)} if block is not None else {"Body": b""}
+        body = {"Body": Body(block.data), **content_md5(block)} if block is not None else {"Body": b""}
         answer = driver._call("put_object", Key=self._key, **body, **self._making(), **condition)
-        if block is None or _right(answer, block):
+        if block is None or is_right(answer, block):
             return
         # The answer may have been damaged, or the object; the latter must not stay.
         there = driver._found("head_object", self.location)
-        if not _right(there, block):
-            if _metadata(there).get(_TOKEN_KEY) == self._token:
+        if not is_right(there, block):
+            if metadata_of(there).get(TOKEN_KEY) == self._token:
                 driver._call("delete_object", Key=self._key)
             raise DigestMismatch("the server's ETag of the image is not the MD5 of what was sent")
 
@@ -1064,14 +959,14 @@ class _Upload(Upload):
                 **source,
                 **driver._customer,
             )
-            self._parts[number] = _need(_need(answer, "CopyPartResult"), "ETag")
+            self._parts[number] = need(need(answer, "CopyPartResult"), "ETag")
 
         pool = ThreadPoolExecutor(min(8, driver.limits.workers), "imagestore-copy")
         try:
             for done in [pool.submit(copy_part, start) for start in range(0, size, length)]:
                 done.result()
         except Exception as error:
-            raise _source_changed(error) from error
+            raise source_changed(error) from error
         finally:
             pool.shutdown(cancel_futures=True)
         self.commit(size)
@@ -1085,7 +980,7 @@ class _Upload(Upload):
                     "copy_object", Key=self._key, MetadataDirective="REPLACE", **source, **self._making()
                 )
             except Exception as error:
-                raise _source_changed(error) from error
+                raise source_changed(error) from error
 
     def abort(self) -> None:
         """Abort the multipart upload and remove its mark. What was committed stays."""
@@ -1102,76 +997,6 @@ class _Upload(Upload):
             self._marked = False
 
 
-class _Body:
-    """The bytes of a part as a file, given away in larger pieces than asked for.
-
-    As a whole they would have to be sent within one time-out, however slow the line: socket.sendall has one for all.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._position = 0
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def read(self, size: int = -1, /) -> bytes:
-        stop = len(self._data) if size < 0 else self._position + max(size, _CHUNK)
-        piece = self._data[self._position : stop]
-        self._position += len(piece)
-        return piece
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._position = offset + (0, self._position, len(self._data))[whence]
-        return self._position
-
-
-class _Chunks:
-    """The bytes of an answer; an error if it ends before ``length`` bytes."""
-
-    def __init__(self, body: Any, length: int) -> None:
-        self._body = body
-        self._left = length
-        self._first = b""
-        self._closed = False
-
-    def begin(self) -> None:
-        """Read the first of them now."""
-        self._first = next(self, b"")
-
-    def __iter__(self) -> _Chunks:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._closed:
-            raise Cancelled("the read was closed")
-        if self._first:
-            first, self._first = self._first, b""
-            return first
-        if self._left == 0:
-            self._body.close()
-            raise StopIteration
-        try:
-            data: bytes = self._body.read(min(_CHUNK, self._left))
-        except Exception as error:
-            if self._closed:
-                raise Cancelled("the read was closed") from error
-            raise
-        if not data:
-            self._body.close()
-            raise Unavailable(f"the connection ended {self._left} bytes before the end")
-        self._left -= len(data)
-        return data
-
-    def close(self) -> None:
-        """Close the connection, unless all was read."""
-        self._closed = True
-        self._body.close()
-
-
 @functools.cache
 def _descriptions() -> Any:
     """The SDK's descriptions of services, read once in a process: most of what a client takes in time and memory."""
@@ -1186,107 +1011,3 @@ def _host(scheme: str, text: str) -> str:
     """A host in lower case and without the scheme's own port."""
     port = ":443" if scheme.endswith("https") else ":80"
     return text.lower().removesuffix(port)
-
-
-def _code(error: BaseException) -> str:
-    """The server's name for an error; the status, where an answer without a body has no name; "" for other errors."""
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-
-
-def _status(error: BaseException) -> int:
-    response = getattr(error, "response", None)
-    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(response, dict) else 0
-
-
-def _need(answer: dict[str, Any], name: str) -> Any:
-    """What every whole answer tells. One that was cut off between two header lines looks like a shorter one."""
-    if name not in answer:
-        raise Unavailable(f"the server's answer has no {name}")
-    return answer[name]
-
-
-def _etag(answer: dict[str, Any]) -> str:
-    """The ETag as it was told; half of one, from a connection that ended within that line, is an error."""
-    etag: str = _need(answer, "ETag")
-    if etag.startswith('"') and not etag.endswith('"', 1):
-        raise Unavailable("the server's answer has half an ETag")
-    return etag
-
-
-def _refuses(request: Callable[[], object]) -> bool:
-    """Whether the server honours the condition of a request that must fail. Some don't even allow it to be asked."""
-    try:
-        request()
-    except Exception as error:
-        status = _status(error)
-        if status not in (400, 412, 501):
-            raise
-        return status == 412
-    return False
-
-
-def _timed_out(error: BaseException | None) -> bool:
-    """Whether a time-out is at the bottom of it: while a body is sent, the SDK takes one for a closed connection."""
-    while error is not None and not isinstance(error, TimeoutError):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _source_changed(error: Exception) -> Exception:
-    return Changed("the image was replaced while it was copied") if _status(error) == 412 else error
-
-
-def _seconds(text: str | None) -> float | None:
-    return float(text) if text is not None and re.fullmatch(r"[0-9]{1,6}", text.strip()) else None
-
-
-def _md5(block: Block) -> dict[str, str]:
-    return {} if block.digest is None else {"ContentMD5": base64.b64encode(block.digest).decode()}
-
-
-def _right(answer: dict[str, Any], block: Block) -> bool:
-    """Whether the ETag is the MD5 of the block, where it is one: under SSE-KMS and SSE-C it is not."""
-    etag = str(answer.get("ETag", "")).strip('"').lower()
-    other = answer.get("SSECustomerAlgorithm") or str(answer.get("ServerSideEncryption", "")).startswith("aws:")
-    return bool(other) or block.digest is None or not _MD5.fullmatch(etag) or etag == block.digest.hex()
-
-
-def _encode(hints: Hints) -> dict[str, str]:
-    """Our metadata as S3 can keep them: ASCII, and 2 KB in all."""
-    kept = {_TOKEN_KEY: hints.token}
-    if hints.metadata:
-        text = json.dumps(dict(hints.metadata), separators=(",", ":"))
-        if len(text) > _METADATA_MAX:
-            raise InvalidRequest(f"the metadata take {len(text)} bytes; S3 keeps {_METADATA_MAX}")
-        kept[_METADATA_KEY] = text
-    return kept
-
-
-def _metadata(answer: dict[str, Any]) -> dict[str, str]:
-    # Header names have no case, and servers differ in what they make of it.
-    return {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
-
-
-def _stat(answer: dict[str, Any], size: int) -> Stat:
-    kept = _metadata(answer)
-    token = kept.get(_TOKEN_KEY, "")
-    try:
-        told = json.loads(kept.get(_METADATA_KEY, "{}"))
-    except ValueError:
-        told = {}
-    return Stat(
-        size=size,
-        version=_etag(answer).strip('"'),
-        token=token if _TOKEN.fullmatch(token) else None,
-        modified=_need(answer, "LastModified"),
-        metadata=told if isinstance(told, dict) and all(isinstance(text, str) for text in told.values()) else {},
-    )
-
-
-def _total(content_range: str | None, start: int) -> int:
-    """The size of an object from the answer for a part of it (RFC 9110, 14.4)."""
-    told = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range or "")
-    if told is None or int(told[1]) != start:
-        raise Unavailable("the server's answer is not the range that was asked for")
-    return int(told[2])

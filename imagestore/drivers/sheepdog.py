@@ -39,6 +39,7 @@ from imagestore.driver import (
     IMAGE_ID,
     Block,
     Capabilities,
+    Chunks,
     Driver,
     Hints,
     Leftover,
@@ -74,7 +75,6 @@ from imagestore.drivers._sheepdog_client import (
 )
 from imagestore.errors import (
     AlreadyExists,
-    Cancelled,
     Changed,
     ConfigurationError,
     InUse,
@@ -731,36 +731,24 @@ class _Marks:
         return not any(inode.tag) and inode.size == _sentinel(token, inode.shift)
 
 
-class _Chunks:
+class _Chunks(Chunks):
     """The bytes of a VDI, with several requests on their way."""
 
     def __init__(self, driver: SheepdogDriver, inode: Inode, pieces: Iterator[tuple[int, int, int]]) -> None:
+        super().__init__()
         self._driver = driver
         self._inode = inode
         self._pieces = pieces
         self._link = driver._connected()
         self._window: deque[tuple[Ticket | None, int]] = deque()
-        self._closed = False
 
-    def __iter__(self) -> _Chunks:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._closed:
-            raise Cancelled("the read was closed")
-        try:
-            while len(self._window) <= _DEPTH and (piece := next(self._pieces, None)) is not None:
-                oid, offset, length = piece
-                ticket = self._link.send(read_object(oid, offset, length)) if oid else None
-                self._window.append((ticket, length))
-            if self._window:
-                return self._next()
-        except BaseException:
-            self.close()
-            raise
-        raise StopIteration
-
-    def _next(self) -> bytes:
+    def fetch(self) -> bytes:
+        while len(self._window) <= _DEPTH and (piece := next(self._pieces, None)) is not None:
+            oid, offset, length = piece
+            ticket = self._link.send(read_object(oid, offset, length)) if oid else None
+            self._window.append((ticket, length))
+        if not self._window:
+            return b""
         ticket, length = self._window.popleft()
         data = _ZEROS[:length] if ticket is None else self._take(ticket, length)
         if not self._window:
@@ -776,10 +764,9 @@ class _Chunks:
             raise Refused(reply.code, ticket.what)
         return _whole(reply, length)
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Nobody waits for the rest."""
-        self._closed = True
-        self._link.drop(*(ticket for ticket, _ in tuple(self._window) if ticket is not None))
+        self._link.drop(*(ticket for ticket, _ in self._window if ticket is not None))
 
 
 def _pieces(inode: Inode, table: array[int], first: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -36,7 +36,7 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -46,6 +46,7 @@ from imagestore.driver import (
     IMAGE_ID,
     Block,
     Capabilities,
+    Chunks,
     Driver,
     Hints,
     Leftover,
@@ -88,7 +89,6 @@ from imagestore.drivers._swift_objects import (
 )
 from imagestore.errors import (
     AlreadyExists,
-    Cancelled,
     Changed,
     ConfigurationError,
     DigestMismatch,
@@ -666,18 +666,23 @@ class SwiftDriver(Driver):
         return upload
 
     def copy(self, location: Location, image_id: str, hints: Hints, /) -> Location:
-        """Copy inside the server: into segments of its own, however the image is kept."""
+        """Copy inside the server: into segments of its own, however the image is kept.
+
+        Raises:
+            Unsupported: the copy would be in another account, or the server can't copy such an object.
+        """
         source, name = self._at(location)
-        stat = self.stat(location)
-        piece = _COPY_PIECE if source.facts.conditional else source.facts.object_max
+        headers = source.head(name)
+        if headers is None:
+            raise NotFound("there is no such image")
+        stat = describe(headers, name, source.size(headers))
         if source.url() != self._container(*self._place(image_id).key[:2]).url():
             raise Unsupported("a copy inside the server stays inside one account")
-        if stat.size > piece and not source.facts.conditional:
-            raise Unsupported("this server copies whole objects only, and the image is longer than one may be")
+        parts = self._parts(source, name, headers, stat.size)
         upload = self._create(image_id, hints, marked=True)
         try:
-            for index, start in enumerate(range(0, stat.size, piece)):
-                upload.copy(index, source.path(name), start, min(piece, stat.size - start), whole=stat.size <= piece)
+            for index, (path, start, length, whole) in enumerate(parts):
+                upload.copy(index, path, start, length, whole=whole)
             if self.stat(location).version != stat.version:
                 raise Changed("the image was replaced while it was copied")
             upload.commit(stat.size)
@@ -687,6 +692,24 @@ class SwiftDriver(Driver):
                 upload.abort()
             raise
         return upload.location
+
+    def _parts(
+        self, source: Container, name: str, headers: Mapping[str, str], size: int
+    ) -> Sequence[tuple[str, int, int, bool]]:
+        """What a copy is made of: a path, the first byte, the length, and whether that is the whole object."""
+        if source.facts.conditional:
+            path, whole = source.path(name), size <= _COPY_PIECE
+            return [(path, start, min(_COPY_PIECE, size - start), whole) for start in range(0, size, _COPY_PIECE)]
+        # This server copies whole objects only, and takes no large one for a segment.
+        if not is_static(headers) and "X-Object-Manifest" not in headers:
+            if size > source.facts.object_max:
+                raise Unsupported("this server copies whole objects only, and the image is longer than one may be")
+            return [(source.path(name), 0, size, True)] if size else []
+        token = token_of(headers, name)
+        held = sorted(source.segments(token), key=lambda entry: str(entry["name"])) if token else []
+        if sum(entry["bytes"] for entry in held) != size:
+            raise Unsupported("this server can't copy a large object of another program")
+        return [(source.path(entry["name"]), 0, entry["bytes"], True) for entry in held]
 
     def delete(self, location: Location, /) -> None:
         """Remove the object, then its segments."""
@@ -969,52 +992,28 @@ class _Upload(Upload):
             self._marked = False
 
 
-class _Chunks:
+class _Chunks(Chunks):
     """``length`` bytes of a stream; an error if it ends before."""
 
     def __init__(self, stream: Stream, length: int) -> None:
+        super().__init__()
         self._stream = stream
         self._left = length
-        self._lock = threading.Lock()
-        self._busy = False
-        self._closed = False
 
-    def __iter__(self) -> _Chunks:
-        return self
+    def fetch(self) -> bytes:
+        if not self._left:
+            return b""
+        data = self._stream.read(min(_CHUNK, self._left))
+        if not data:
+            raise Unavailable(f"the answer ended {self._left} bytes too early")
+        self._left -= len(data)
+        if not self._left:
+            # Reads the end too, so that the connection can be used again.
+            self._stream.read(1)
+        return data
 
-    def __next__(self) -> bytes:
-        with self._lock:
-            if self._left == 0:
-                self._closed = True
-                self._stream.close()
-                raise StopIteration
-            if self._closed:
-                raise Cancelled("the read was closed")
-            self._busy = True
-        try:
-            data = self._stream.read(min(_CHUNK, self._left))
-            if not data:
-                raise Unavailable(f"the answer ended {self._left} bytes too early")
-            self._left -= len(data)
-            if self._left == 0:
-                # Reads the end too, so that the connection can be used again.
-                self._stream.read(1)
-            return data
-        except BaseException:
-            self._closed = True
-            raise
-        finally:
-            with self._lock:
-                self._busy = False
-                if self._closed:
-                    self._stream.close()
-
-    def close(self) -> None:
-        """Close the answer: at once, or when the read that another thread is in has returned."""
-        with self._lock:
-            self._closed = True
-            if not self._busy:
-                self._stream.close()
+    def release(self) -> None:
+        self._stream.close()
 
 
 def _location_root(url: str) -> str:

@@ -25,19 +25,14 @@ not the present one. So an image has a version from a minute after it was stored
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.client
 import re
 import socket
 import ssl
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, Final, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 from xml.parsers.expat import ExpatError
 
@@ -47,6 +42,7 @@ from imagestore.driver import (
     IMAGE_ID,
     Block,
     Capabilities,
+    Chunks,
     Driver,
     Hints,
     Leftover,
@@ -56,14 +52,12 @@ from imagestore.driver import (
     Reading,
     Stat,
     StoredImage,
-    Timeouts,
     Upload,
     Usage,
-    require,
 )
+from imagestore.drivers._vmware_server import Answer, File, Place, Server
 from imagestore.errors import (
     AlreadyExists,
-    Cancelled,
     Changed,
     ConfigurationError,
     InUse,
@@ -72,27 +66,19 @@ from imagestore.errors import (
     LimitExceeded,
     NotFound,
     PermissionDenied,
-    RateLimited,
     SizeMismatch,
     StoreError,
     StoreFull,
     StoreTimeout,
     Unauthenticated,
     Unavailable,
-    Unsupported,
 )
 
 __all__ = ["VMwareDriver"]
 
-T = TypeVar("T")
-
 _CHUNK: Final = 256 * 1024
-_PROSE: Final = 4096
 _FULL: Final = 8 * 1024 * 1024
 _BEAT: Final = 600.0
-_IDLE: Final = 15.0
-_SETTLED: Final = 60.0
-_COOKIE: Final = "vmware_soap_session"
 _DISK: Final = ".vmdk"
 
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-][a-z0-9._-]*)(?::([0-9]{1,5}))?")
@@ -100,22 +86,9 @@ _SEGMENT: Final = re.compile(r"[^/\\\[\]\x00-\x1f\x7f-\x9f]{1,200}")
 _TEMPORARY: Final = re.compile(r"\.imagestore-([0-9a-f]{32})\.(mark|part)")
 _CLAIM: Final = re.compile(rf"\.imagestore-({IMAGE_ID.pattern})\.claim")
 _MARK: Final = re.compile(rf"([0-9a-f]{{32}}) ({IMAGE_ID.pattern})\n")
-_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _PEM: Final = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 _WEIGHT: Final = re.compile(r"(?:-?[0-9]{1,9})?")
-_LENGTH: Final = re.compile(r"[0-9]{1,18}")
 
-_STATUSES: Final[Mapping[int, type[StoreError]]] = {
-    401: Unauthenticated,
-    403: PermissionDenied,
-    404: NotFound,
-    408: StoreTimeout,
-    413: LimitExceeded,
-    416: Changed,
-    429: RateLimited,
-    504: StoreTimeout,
-    507: StoreFull,
-}
 _FAULTS: Final[Mapping[str, tuple[type[StoreError], str]]] = {
     "vim.fault.InvalidLogin": (Unauthenticated, "the server does not accept user and password"),
     "vim.fault.NotAuthenticated": (Unauthenticated, "the server does not accept the session it has just begun"),
@@ -139,47 +112,6 @@ _FAULTS: Final[Mapping[str, tuple[type[StoreError], str]]] = {
     "vmodl.fault.SystemError": (Unavailable, "the server failed"),
     "vmodl.fault.ManagedObjectNotFound": (Unavailable, "the server does not know what it named itself"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A file, or a directory where ``name`` is empty."""
-
-    datacenter: str
-    datastore: str
-    directory: str
-    name: str = ""
-
-    def __getitem__(self, name: str) -> _Place:
-        return replace(self, name=name)
-
-    @property
-    def path(self) -> str:
-        """As tasks name it."""
-        return f"[{self.datastore}] {self.directory}{'/' if self.name else ''}{self.name}"
-
-    @property
-    def url(self) -> str:
-        query = urlencode({"dcPath": self.datacenter, "dsName": self.datastore}, quote_via=quote)
-        return f"/folder/{quote(self.directory)}/{quote(self.name)}?{query}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _File:
-    """What a search tells of a file."""
-
-    name: str
-    size: int | None
-    modified: datetime | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Room:
-    """What the server tells of a datastore, in bytes."""
-
-    free: int
-    total: int
-    usable: bool
 
 
 class VMwareDriver(Driver):
@@ -246,12 +178,12 @@ class VMwareDriver(Driver):
             raise self.invalid_option("image_dir", str(error)) from None
         if settings.cacert and settings.certificate:
             raise self.invalid_option("certificate", "can't be set together with cacert")
-        self._weights: dict[_Place, int] = {}
+        self._weights: dict[Place, int] = {}
         for entry in settings.datastores or ():
             datacenter, datastore, weight = self._read_datastore(entry)
-            if _Place(datacenter, datastore, directory) in self._weights:
+            if Place(datacenter, datastore, directory) in self._weights:
                 raise self.invalid_option("datastores", f"{datacenter}:{datastore} is named twice")
-            self._weights[_Place(datacenter, datastore, directory)] = weight
+            self._weights[Place(datacenter, datastore, directory)] = weight
         if not self._weights:
             raise self.invalid_option("datastores", "name at least one, as datacenter:datastore")
         self._places = tuple(self._weights)
@@ -268,12 +200,12 @@ class VMwareDriver(Driver):
             raise self.invalid_option("datastores", f"{entry!r} is not datacenter:datastore or datacenter:datastore:1")
         return "/".join(segments), datastore, int(weight or 0)
 
-    def _read_accepted(self, text: str) -> tuple[str, _Place]:
+    def _read_accepted(self, text: str) -> tuple[str, Place]:
         try:
             host, directory, datacenter, datastore = _taken_apart(text.strip())
             if not datacenter:
                 raise ValueError("it names no datacenter")
-            return host, _Place(datacenter, datastore, "/".join(_directory(directory)))
+            return host, Place(datacenter, datastore, "/".join(_directory(directory)))
         except ValueError as error:
             raise self.invalid_option(
                 "accept_locations", f"each is vsphere://host/folder/directory?dcPath=...&dsName=...: {error}"
@@ -286,7 +218,7 @@ class VMwareDriver(Driver):
             MissingDependency: pyVmomi is not installed.
             ConfigurationError: the server has no such datacenter or datastore, or a certificate can't be read.
         """
-        self._server = _Server(
+        self._server = Server(
             self._host,
             self.settings.user,
             self.settings.password,
@@ -301,7 +233,7 @@ class VMwareDriver(Driver):
         except BaseException:
             self._server.close()
             raise
-        self._made: set[_Place] = set()
+        self._made: set[Place] = set()
         self.capabilities = Capabilities(repeatable_writes=False, repeatable_create=True)
 
     def _context(self) -> ssl.SSLContext:
@@ -362,7 +294,7 @@ class VMwareDriver(Driver):
             raise InvalidLocation("this store is not configured for that host, datacenter, datastore or directory")
         return self._located(found.pop()[image_id])
 
-    def _located(self, place: _Place) -> Location:
+    def _located(self, place: Place) -> Location:
         query = urlencode({"dsName": place.datastore, "dcPath": place.datacenter}, quote_via=quote)
         uri = f"vsphere://{self._host}/folder/{quote(place.directory)}/{place.name}?{query}"
         key = (place.datacenter, place.datastore, place.directory, place.name)
@@ -385,29 +317,29 @@ class VMwareDriver(Driver):
 
     def stat(self, location: Location, /) -> Stat:
         """Ask for the file's headers."""
-        stat = self._look(_Place(*location.key))
+        stat = self._look(Place(*location.key))
         if stat is None:
             raise NotFound("there is no such image")
         return stat
 
-    def _look(self, place: _Place) -> Stat | None:
+    def _look(self, place: Place) -> Stat | None:
         with contextlib.closing(self._server.ask("HEAD", place)) as answer:
             if answer.status == 404 or answer.is_directory(place):
                 return None
             size = answer.expect(200).length
             if size is not None and not answer.is_listing:
                 return answer.stat(size)
-        found = self._search(place[""], place.name)
+        found = self._server.search(place[""], place.name)
         return Stat(size=found[0].size or 0, modified=found[0].modified) if found else None
 
     def read(self, location: Location, start: int, stop: int | None, /, version: str | None = None) -> Reading:
         """Open the file. What a server that knows no ranges sends too much is read and thrown away."""
-        place = _Place(*location.key)
+        place = Place(*location.key)
         ranged = start > 0 or stop is not None
         last = "" if stop is None else stop - 1
         answer = self._server.ask("GET", place, {"Range": f"bytes={start}-{last}"} if ranged else {})
         try:
-            if answer.is_directory(place) or (answer.is_listing and not self._search(place[""], place.name)):
+            if answer.is_directory(place) or (answer.is_listing and not self._server.search(place[""], place.name)):
                 raise NotFound("there is no such image")
             first, end, size = answer.expect(200, 206).extent()
             stat = answer.stat(size)
@@ -425,7 +357,7 @@ class VMwareDriver(Driver):
     def list(self) -> Iterator[StoredImage]:
         """The files in the image directories that have an image id for a name."""
         for place in self._places:
-            for file in self._search(place, "*"):
+            for file in self._server.search(place, "*"):
                 if IMAGE_ID.fullmatch(file.name) and not file.name.lower().endswith(_DISK):
                     yield StoredImage(
                         image_id=file.name,
@@ -439,27 +371,6 @@ class VMwareDriver(Driver):
         rooms = [self._server.room(place) for place in self._places]
         total, free = sum(room.total for room in rooms), sum(room.free for room in rooms)
         return Usage(total=total, used=total - free, free=free)
-
-    def _search(self, directory: _Place, pattern: str) -> Sequence[_File]:
-        """The files, but not the directories, that match; none where there is no such directory."""
-        vim = self._server.vim
-        browser = vim.host.DatastoreBrowser
-        spec = browser.SearchSpec(
-            query=[browser.Query()],
-            details=browser.FileInfo.Details(fileType=True, fileSize=True, modification=True, fileOwner=False),
-            matchPattern=[pattern],
-        )
-        try:
-            found = self._server.task(
-                lambda login: login.at(self._server.known(directory).browser).SearchDatastore_Task(directory.path, spec)
-            )
-        except vim.fault.FileNotFound:
-            return []
-        return [
-            _File(name=file.path, size=file.fileSize, modified=file.modification)
-            for file in found.file
-            if not isinstance(file, browser.FolderInfo) and (pattern.endswith("*") or file.path == pattern)
-        ]
 
     # Writing
 
@@ -475,7 +386,7 @@ class VMwareDriver(Driver):
             self._made.add(directory)
         return _VMwareUpload(self, place, image_id, hints)
 
-    def _choose(self, size: int | None) -> _Place:
+    def _choose(self, size: int | None) -> Place:
         rooms = {place: self._server.room(place, fresh=True) for place in self._places}
         usable = [place for place in self._places if rooms[place].usable]
         if not usable:
@@ -487,17 +398,17 @@ class VMwareDriver(Driver):
 
     def delete(self, location: Location, /) -> None:
         """Delete the file. A directory is not an image: the task would delete it with all that is in it."""
-        place = _Place(*location.key)
-        if not self._search(place[""], place.name):
+        place = Place(*location.key)
+        if not self._server.search(place[""], place.name):
             raise NotFound("there is no such image")
         self._server.delete(place)
 
     def uploads(self) -> Iterator[Leftover]:
         """Marks, parts and claims, by their token."""
-        found: defaultdict[str, list[_File]] = defaultdict(list)
+        found: defaultdict[str, list[File]] = defaultdict(list)
         ids: dict[str, str] = {}
         for place in self._places:
-            for file in self._search(place, ".imagestore-*"):
+            for file in self._server.search(place, ".imagestore-*"):
                 temporary = _TEMPORARY.fullmatch(file.name)
                 told = None
                 if place == self._home and (_CLAIM.fullmatch(file.name) or (temporary and temporary[2] == "mark")):
@@ -516,7 +427,7 @@ class VMwareDriver(Driver):
                 last_activity=max(moments, default=None),
             )
 
-    def _told(self, place: _Place) -> tuple[str, str] | None:
+    def _told(self, place: Place) -> tuple[str, str] | None:
         """Token and image id that a mark or claim tells; None if there is none, or it is not ours."""
         with contextlib.closing(self._server.ask("GET", place)) as answer:
             text = answer.prose() if answer.status == 200 else ""
@@ -527,7 +438,7 @@ class VMwareDriver(Driver):
         """Remove the mark, then the part, then the claim: see the module."""
         self._remove(leftover.token, leftover.image_id, self._places)
 
-    def _remove(self, token: str, image_id: str | None, places: Iterable[_Place]) -> None:
+    def _remove(self, token: str, image_id: str | None, places: Iterable[Place]) -> None:
         files = [self._home[_name(token, "mark")], *(place[_name(token, "part")] for place in places)]
         if len(self._places) > 1 and image_id is not None:
             claim = self._home[_name(image_id, "claim")]
@@ -596,7 +507,7 @@ def _taken_apart(uri: str) -> tuple[str, list[str], str, str]:
 
 
 class _VMwareUpload(PullUpload):
-    def __init__(self, driver: VMwareDriver, place: _Place, image_id: str, hints: Hints) -> None:
+    def __init__(self, driver: VMwareDriver, place: Place, image_id: str, hints: Hints) -> None:
         super().__init__()
         self._driver = driver
         self._server = driver._server
@@ -690,7 +601,7 @@ class _VMwareUpload(PullUpload):
         image = self._driver._look(self._place[self._image_id])
         return image is not None and image.size == size and self._driver._look(self._mark) is not None
 
-    def _must_stand(self, mark: _Place) -> None:
+    def _must_stand(self, mark: Place) -> None:
         if self._driver._look(mark) is None:
             raise NotFound("the upload was discarded")
 
@@ -708,163 +619,19 @@ class _VMwareUpload(PullUpload):
         self._driver._remove(self._token, self._image_id, (self._place,))
 
 
-class _Wire(http.client.HTTPSConnection):
-    """A connection with time-outs; where a certificate is pinned, to a server that shows that very one."""
-
-    def __init__(
-        self, host: str, port: int, *, context: ssl.SSLContext, pinned: bytes | None, patience: Timeouts
-    ) -> None:
-        super().__init__(host, port, timeout=patience.connect, context=context)
-        self._pinned = pinned
-        self._patience = patience
-
-    def connect(self) -> None:
-        super().connect()
-        try:
-            if self._pinned is not None and self.sock.getpeercert(binary_form=True) != self._pinned:
-                raise ssl.SSLCertVerificationError("the server shows another certificate than the configured one")
-            self.sock.settimeout(self._patience.stall)
-        except BaseException:
-            self.close()
-            raise
-
-    def hang_up(self) -> None:
-        """End a request in its midst, and wait until the server has noticed: only then is what it made all there."""
-        if self.sock is not None:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_WR)
-                self.sock.settimeout(self._patience.connect)
-                for _ in range(_PROSE):
-                    if not self.sock.recv(_PROSE):
-                        break
-        self.close()
-
-
-class _Answer:
-    """An answer of ``/folder`` whose body has not been read yet. `close` keeps the connection if it has been."""
-
-    def __init__(self, wire: _Wire, response: http.client.HTTPResponse, keep: Callable[[_Wire], None]) -> None:
-        self._wire: _Wire | None = wire
-        self._keep = keep
-        self._response = response
-        self._headers = response.headers
-        self.status = response.status
-
-    def expect(self, *statuses: int) -> _Answer:
-        if self.status not in statuses:
-            raise _failure(self.status)
-        return self
-
-    def is_directory(self, place: _Place) -> bool:
-        """Whether the server sends us to the same name with a slash after it."""
-        target = self._headers.get("Location", "").partition("?")[0]
-        return 300 < self.status < 400 and target.endswith(f"{quote(place.name)}/")
-
-    @property
-    def is_listing(self) -> bool:
-        """Whether it may be the contents of a directory."""
-        return self.status == 200 and self._headers.get_content_type() == "text/html"
-
-    @property
-    def length(self) -> int | None:
-        text = self._headers.get("Content-Length", "").strip()
-        return int(text) if _LENGTH.fullmatch(text) and "Transfer-Encoding" not in self._headers else None
-
-    def extent(self) -> tuple[int, int, int]:
-        """The first byte that it holds, the one after the last, and the length of the whole file."""
-        if self.status == 206:
-            match = _CONTENT_RANGE.fullmatch(self._headers.get("Content-Range", "").strip())
-            if match is None:
-                raise StoreError("the server sends a part of the file without saying which")
-            return int(match[1]), int(match[2]) + 1, int(match[3])
-        if self.length is None:
-            raise Unsupported("the server does not tell the length of the file: a cut one would look whole")
-        return 0, self.length, self.length
-
-    def stat(self, size: int) -> Stat:
-        modified, now = _date(self._headers.get("Last-Modified")), _date(self._headers.get("Date"))
-        version = None
-        if modified is not None and now is not None and (now - modified).total_seconds() >= _SETTLED:
-            version = f"{size}-{modified:%Y%m%dT%H%M%S}"
-        return Stat(size=size, version=version, modified=modified)
-
-    def read(self, most: int) -> bytes:
-        return self._response.read(most)
-
-    def prose(self) -> str:
-        return self._response.read(_PROSE).decode("ascii", "replace")
-
-    def close(self) -> None:
-        # By now somebody else may have the connection of one that was closed before.
-        wire, self._wire = self._wire, None
-        if wire is None:
-            return
-        left = self._response.length
-        if not self._response.isclosed() and left is not None and left < _PROSE:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                self._response.read()
-        kept = self._response.isclosed() and not self._response.will_close
-        self._response.close()
-        if kept:
-            self._keep(wire)
-        else:
-            wire.close()
-
-
-def _date(text: str | None) -> datetime | None:
-    try:
-        found = parsedate_to_datetime(text or "")
-    except ValueError:
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _failure(status: int) -> StoreError:
-    if 300 <= status < 400:
-        return StoreError("the server redirects to another place, which is not followed: is the option host right?")
-    kind = _STATUSES.get(status, Unavailable if status >= 500 else StoreError)
-    return kind(f"the server answered {status}")
-
-
-class _Chunks:
+class _Chunks(Chunks):
     """``count`` bytes of an answer after the first ``skip``; an error if it ends before."""
 
-    def __init__(self, answer: _Answer, *, skip: int, count: int) -> None:
+    def __init__(self, answer: Answer, *, skip: int, count: int) -> None:
+        super().__init__()
         self._answer = answer
         self._skip = skip
         self._left = count
-        self._lock = threading.Lock()
-        self._busy = self._closed = self._ended = False
 
-    def __iter__(self) -> _Chunks:
-        return self
-
-    def __next__(self) -> bytes:
-        with self._lock:
-            if self._ended:
-                raise StopIteration
-            if self._closed:
-                raise Cancelled("the read was closed")
-            self._busy = True
-        try:
-            data = self._next()
-        except BaseException:
-            self._closed = True
-            raise
-        finally:
-            with self._lock:
-                self._busy = False
-                if self._closed:
-                    self._answer.close()
-        if not data:
-            raise StopIteration
-        return data
-
-    def _next(self) -> bytes:
+    def fetch(self) -> bytes:
         while self._skip:
             self._skip -= len(self._some(self._skip))
         if not self._left:
-            self._ended = self._closed = True
             return b""
         data = self._some(self._left)
         self._left -= len(data)
@@ -877,312 +644,5 @@ class _Chunks:
             raise Unavailable(f"the server ended {self._skip + self._left} bytes too early")
         return data
 
-    def close(self) -> None:
-        """Give the connection up: at once, or when the read that another thread is in has returned."""
-        with self._lock:
-            self._closed = True
-            if not self._busy:
-                self._answer.close()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Login:
-    """A session. What it was begun with is not shared with the next one, so that no answer to the old disturbs it."""
-
-    stub: Any
-    instance: Any
-    content: Any
-
-    @property
-    def cookie(self) -> str:
-        return f'{_COOKIE}="{self.stub.GetSessionId()}"'
-
-    def at(self, known: Any) -> Any:
-        """A managed object that may be of another session."""
-        return type(known)(known._moId, self.stub)
-
-    def drop(self) -> None:
-        # Connections that are in use are then closed when they are given back.
-        self.stub.poolSize = 0
-        self.stub.DropConnections()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Known:
-    """The server's names for a datastore."""
-
-    datacenter: Any
-    datastore: Any
-    browser: Any
-
-
-class _Server:
-    """The way to one server: a session that threads share, tasks, and ``/folder``."""
-
-    def __init__(
-        self,
-        host: str,
-        user: str,
-        password: str,
-        *,
-        context: ssl.SSLContext,
-        pinned: bytes | None,
-        patience: Timeouts,
-        workers: int,
-        interval: float,
-    ) -> None:
-        name, colon, port = host.rpartition(":")
-        self._host, self._port = (name, int(port)) if colon and not host.endswith("]") else (host, 443)
-        self._user = user
-        self._password = password
-        self._patience = patience
-        self._interval = interval
-        self._workers = workers
-        self._context = context
-        self._connection = functools.partial(_Wire, pinned=pinned, patience=patience)
-        sdk = require("pyVmomi", extra="vmware")
-        self.vim = sdk.vim
-        self._collected = sdk.vmodl.query.PropertyCollector
-        self._method_fault = sdk.vmodl.MethodFault
-        self._adapter = require("pyVmomi.SoapAdapter", extra="vmware").SoapStubAdapter
-        self._lock = threading.Lock()
-        self._login: _Login | None = None
-        self._idle_lock = threading.Lock()
-        self._idle: list[tuple[float, _Wire]] = []
-        self._stores: dict[tuple[str, str], _Known] = {}
-        self._closed = False
-
-    # The session
-
-    def session(self, ended: _Login | None = None) -> _Login:
-        """The session; a new one if there is none yet, or the one that the caller saw has ended."""
-        with self._lock:
-            if self._closed:
-                raise Cancelled("the store was closed")
-            if self._login is None or self._login is ended:
-                former, self._login = self._login, None
-                if former is not None:
-                    former.drop()
-                self._login = self._begin()
-            return self._login
-
-    def _begin(self) -> _Login:
-        # What is trusted is decided in one place: nothing is left to the defaults of others.
-        stub = self._adapter(
-            host=self._host,
-            port=self._port,
-            path="/sdk",
-            version="vim.version.version11",
-            poolSize=self._workers,
-            connectionPoolTimeout=_IDLE,
-            sslContext=self._context,
-        )
-        stub.scheme = self._connection
-        instance = self.vim.ServiceInstance("ServiceInstance", stub)
-        try:
-            content = instance.RetrieveContent()
-            content.sessionManager.Login(self._user, self._password)
-        except BaseException:
-            stub.DropConnections()
-            raise
-        return _Login(stub, instance, content)
-
-    def call(self, ask: Callable[[_Login], T]) -> T:
-        """What ``ask`` makes of the session; once more, with a new one, if it has ended."""
-        login = self.session()
-        try:
-            return ask(login)
-        except self.vim.fault.NotAuthenticated:
-            return ask(self.session(login))
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            login, self._login = self._login, None
-        with self._idle_lock:
-            idle, self._idle = self._idle, []
-        for _, wire in idle:
-            wire.close()
-        if login is not None:
-            with contextlib.suppress(Exception):
-                login.content.sessionManager.Logout()
-            login.drop()
-
-    # Tasks
-
-    def task(self, start: Callable[[_Login], Any]) -> Any:
-        """Start a task, wait for its end, and return its result.
-
-        Of its info only what is needed is asked for: the rest is not alike on all servers.
-
-        Raises:
-            StoreTimeout: it showed no progress for so long as a connection may be silent.
-        """
-        task = self.call(start)
-        spec = self._spec(task, self.vim.Task, "info.state", "info.error", "info.result", "info.progress")
-        seen, since, pause = None, time.monotonic(), min(0.01, self._interval)
-        while True:
-            told = self._properties(spec)[0]
-            state = told["info.state"]
-            if state == "success":
-                return told.get("info.result")
-            if state == "error":
-                raise told["info.error"]
-            if (state, told.get("info.progress")) != seen:
-                seen, since = (state, told.get("info.progress")), time.monotonic()
-            elif time.monotonic() - since > self._patience.stall:
-                raise StoreTimeout(f"a task of the server is {state} and makes no progress")
-            time.sleep(pause)
-            pause = min(2 * pause, self._interval)
-
-    def move(self, source: _Place, target: _Place) -> None:
-        datacenter = self.known(source).datacenter
-        self.task(
-            lambda login: login.content.fileManager.MoveDatastoreFile_Task(
-                source.path, datacenter, target.path, datacenter, False
-            )
-        )
-
-    def delete(self, place: _Place) -> None:
-        assert place.name
-        datacenter = self.known(place).datacenter
-        self.task(lambda login: login.content.fileManager.DeleteDatastoreFile_Task(place.path, datacenter))
-
-    def make_directory(self, place: _Place) -> None:
-        datacenter = self.known(place).datacenter
-        with contextlib.suppress(self.vim.fault.FileAlreadyExists):
-            self.call(lambda login: login.content.fileManager.MakeDirectory(place.path, datacenter, True))
-
-    # The inventory
-
-    def find(self, places: Iterable[_Place]) -> None:
-        """Look up datacenters and datastores, so that what is misspelt shows early."""
-        for place in places:
-            self.known(place)
-
-    def known(self, place: _Place) -> _Known:
-        key = (place.datacenter, place.datastore)
-        if key not in self._stores:
-            self._stores[key] = self._find(*key)
-        return self._stores[key]
-
-    def _find(self, datacenter: str, datastore: str) -> _Known:
-        collected, vim = self._collected, self.vim
-        found = self.call(lambda login: login.content.searchIndex.FindByInventoryPath(datacenter))
-        if not isinstance(found, vim.Datacenter):
-            raise ConfigurationError(f"option datastores: the server has no datacenter {datacenter}")
-        spec = self._spec(found, vim.Datastore, "name", "browser")
-        spec.objectSet[0].skip = True
-        spec.objectSet[0].selectSet = [collected.TraversalSpec(type=vim.Datacenter, path="datastore")]
-        for told in self._properties(spec):
-            if told.get("name") == datastore:
-                return _Known(datacenter=found, datastore=told[""], browser=told["browser"])
-        raise ConfigurationError(f"option datastores: there is no datastore {datastore} in {datacenter}")
-
-    def room(self, place: _Place, *, fresh: bool = False) -> _Room:
-        """Free and total space; ``fresh``: as it is now, and not when the server looked last."""
-        datastore = self.known(place).datastore
-        if fresh:
-            # Not every server does it, and every user may not.
-            with contextlib.suppress(self._method_fault, ExpatError):
-                self.call(lambda login: login.at(datastore).RefreshDatastore())
-        names = [f"summary.{name}" for name in ("freeSpace", "capacity", "accessible", "maintenanceMode")]
-        told = self._properties(self._spec(datastore, self.vim.Datastore, *names))[0]
-        free, total, accessible, maintenance = (told.get(name) for name in names)
-        return _Room(free=free or 0, total=total or 0, usable=bool(accessible) and maintenance in (None, "normal"))
-
-    def _spec(self, of: Any, kind: Any, *names: str) -> Any:
-        collected = self._collected
-        return collected.FilterSpec(
-            objectSet=[collected.ObjectSpec(obj=of)],
-            propSet=[collected.PropertySpec(type=kind, pathSet=list(names))],
-        )
-
-    def _properties(self, spec: Any) -> list[dict[str, Any]]:
-        """Properties of each object by name, and the object itself under the empty one."""
-        found = self.call(lambda login: login.content.propertyCollector.RetrieveContents([spec]))
-        return [{"": each.obj, **{told.name: told.val for told in each.propSet}} for each in found]
-
-    # Files
-
-    def ask(self, method: str, place: _Place, headers: Mapping[str, str] | None = None, body: bytes = b"") -> _Answer:
-        """The answer of ``/folder``; after logging in once more if the session has ended."""
-        login = self.session()
-        answer = self._ask(login, method, place, headers or {}, body)
-        if answer.status == 401:
-            answer.close()
-            answer = self._ask(self.session(login), method, place, headers or {}, body)
-        return answer
-
-    def _ask(self, login: _Login, method: str, place: _Place, headers: Mapping[str, str], body: bytes) -> _Answer:
-        wire = self._take()
-        try:
-            wire.request(method, place.url, body or None, {"Cookie": login.cookie, **headers})
-            return _Answer(wire, wire.getresponse(), self._keep)
-        except BaseException:
-            wire.close()
-            raise
-
-    def put_small(self, place: _Place, data: bytes) -> None:
-        with contextlib.closing(self.ask("PUT", place, body=data)) as answer:
-            answer.expect(200, 201, 204)
-
-    def put(self, place: _Place, chunks: Iterable[bytes], size: int | None) -> None:
-        """Stream a file of ``size`` bytes, or of as many as there are. What is there already is replaced."""
-        # A session that has ended would be noticed in the middle of a body that can't be sent again.
-        login = self.call(lambda login: (login.instance.CurrentTime(), login)[1])
-        wire = self._connection(self._host, self._port, context=self._context)
-        try:
-            wire.putrequest("PUT", place.url, skip_accept_encoding=True)
-            wire.putheader("Cookie", login.cookie)
-            wire.putheader("Content-Type", "application/octet-stream")
-            wire.putheader(*("Transfer-Encoding", "chunked") if size is None else ("Content-Length", str(size)))
-            wire.endheaders()
-            status = _sent(wire, chunks, chunked=size is None)
-        except BaseException:
-            wire.hang_up()
-            raise
-        wire.close()
-        if status == 401:
-            raise Unavailable("the session ended while the image was sent")
-        if status not in (200, 201, 204):
-            raise _failure(status)
-
-    def _take(self) -> _Wire:
-        """A connection that is not so old that the server may have given it up."""
-        with self._idle_lock:
-            now = time.monotonic()
-            fresh = [(since, wire) for since, wire in self._idle if now - since < _IDLE]
-            for _, wire in self._idle[: len(self._idle) - len(fresh)]:
-                wire.close()
-            self._idle = fresh
-            if fresh:
-                return fresh.pop()[1]
-        return self._connection(self._host, self._port, context=self._context)
-
-    def _keep(self, wire: _Wire) -> None:
-        with self._idle_lock:
-            if not self._closed and len(self._idle) < self._workers:
-                self._idle.append((time.monotonic(), wire))
-                return
-        wire.close()
-
-
-def _sent(wire: _Wire, chunks: Iterable[bytes], *, chunked: bool) -> int:
-    """Send a body; the status that came back."""
-    try:
-        for chunk in chunks:
-            if chunked:
-                wire.send(b"%x\r\n" % len(chunk))
-            wire.send(chunk)
-            if chunked:
-                wire.send(b"\r\n")
-        if chunked:
-            wire.send(b"0\r\n\r\n")
-    except (ConnectionError, ssl.SSLError) as error:
-        # A server that refuses answers at once and closes, and the answer is there to be read.
-        try:
-            return wire.getresponse().status
-        except (OSError, http.client.HTTPException):
-            raise error from None
-    return wire.getresponse().status
+    def release(self) -> None:
+        self._answer.close()

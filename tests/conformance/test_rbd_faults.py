@@ -19,7 +19,7 @@ import pytest
 
 from imagestore import Retry, Store
 from imagestore.driver import Block, Hints, Location, Timeouts
-from imagestore.drivers.rbd import _encoded, _mark
+from imagestore.drivers._rbd_cluster import encoded, mark_of
 from imagestore.errors import (
     AlreadyExists,
     Changed,
@@ -455,7 +455,7 @@ sys.path[:0] = [sys.argv[1]]
 import rados, rbd as bindings
 from _rbd import driver
 from imagestore import Store
-from imagestore.drivers import rbd
+from imagestore.drivers import _rbd_cluster as cluster
 from imagestore.driver import Timeouts
 
 conf, pool, verb, *ids = sys.argv[2:]
@@ -487,16 +487,16 @@ class Image:
         found = getattr(self.image, name)
         return counted(found) if name in CHANGING else found
 
-opened, closed = rbd._Pool.open, rbd._Cluster.close
+opened, closed = cluster.Pool.open, cluster.Cluster.close
 
 def wrapped(self, internal, snapshot=None, *, read_only=False):
     image = opened(self, internal, snapshot, read_only=read_only)
     return image if read_only else Image(image)
 
 def rename(self, internal, old, new, *, strict=False):
-    names = rbd._encoded(old) + rbd._encoded(new) + rbd._encoded(internal)
+    names = cluster.encoded(old) + cluster.encoded(new) + cluster.encoded(internal)
     arrive()
-    self.ioctx.write_full(f"rbd_id.{new}", rbd._encoded(internal))
+    self.ioctx.write_full(f"rbd_id.{new}", cluster.encoded(internal))
     arrive()
     self.ioctx.execute("rbd_directory", "rbd", "dir_rename_image", names)
     arrive()
@@ -510,10 +510,10 @@ def work(image_id):
     )
     if verb == "delete":
         location = store.add(image_id, data).location
-    rbd._Pool.open = wrapped
-    rbd._Cluster.close = lambda self, image: closed(self, getattr(image, "image", image))
-    rbd._Pool.rename = rename
-    rbd._Pool.remove = counted(rbd._Pool.remove)
+    cluster.Pool.open = wrapped
+    cluster.Cluster.close = lambda self, image: closed(self, getattr(image, "image", image))
+    cluster.Pool.rename = rename
+    cluster.Pool.remove = counted(cluster.Pool.remove)
     if verb == "add":
         store.add(image_id, iter([data]))
     else:
@@ -578,8 +578,8 @@ def test_the_steps_of_a_rename_are_those_of_librbd(ceph: Weather) -> None:
         before = ceph.admin.objects(ceph.pool)
         ceph.admin.rbd.rename(ioctx, "old", "new")
         assert ceph.admin.objects(ceph.pool) == before - {"rbd_id.old"} | {"rbd_id.new"}
-        assert ioctx.read("rbd_id.new") == _encoded(internal)
-        assert ioctx.execute("rbd_directory", "rbd", "dir_get_name", _encoded(internal))[1] == _encoded("new")
+        assert ioctx.read("rbd_id.new") == encoded(internal)
+        assert ioctx.execute("rbd_directory", "rbd", "dir_get_name", encoded(internal))[1] == encoded("new")
     ceph.admin.remove(ceph.pool, "new")
 
 
@@ -598,9 +598,9 @@ rbd.RBD().remove(cluster.open_ioctx(pool), name, on_progress=progress)
 def test_killed_in_a_remove(ceph: Weather) -> None:
     """An image that is half removed is collected all the same."""
     token = uuid.uuid4().hex
-    ceph.admin.image(ceph.pool, _mark(token), os.urandom(32 * MIB))
+    ceph.admin.image(ceph.pool, mark_of(token), os.urandom(32 * MIB))
     done = subprocess.run(
-        [sys.executable, "-c", REMOVER, ceph.env["CEPH_CONF"], ceph.pool, _mark(token)],
+        [sys.executable, "-c", REMOVER, ceph.env["CEPH_CONF"], ceph.pool, mark_of(token)],
         env=dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
         timeout=60,
     )

@@ -12,7 +12,18 @@ from datetime import UTC, datetime
 
 from oslo_config import cfg
 
-from imagestore.driver import IMAGE_ID, Capabilities, Driver, Leftover, Location, Reading, Stat, StoredImage, Upload
+from imagestore.driver import (
+    IMAGE_ID,
+    Capabilities,
+    Chunks,
+    Driver,
+    Leftover,
+    Location,
+    Reading,
+    Stat,
+    StoredImage,
+    Upload,
+)
 from imagestore.errors import AlreadyExists, Changed, InvalidLocation, NotFound, StoreError, StoreFull, Unavailable
 
 SCHEMA = """
@@ -62,18 +73,8 @@ class ToyDriver(Driver):
         stat = self.stat(location)
         if version not in (None, stat.version):
             raise Changed("the image was replaced")
-        return Reading(stat=stat, chunks=self.chunks(stat, start, stat.size if stop is None else stop), close=nothing)
-
-    def chunks(self, stat, start, stop):
-        query = "SELECT position, data FROM blocks WHERE token = ? AND position <= ? ORDER BY position DESC LIMIT 1"
-        while start < stop:
-            with self.transaction() as db:
-                row = db.execute(query, (stat.token, start)).fetchone()
-            if row is None:
-                raise Changed("the image was deleted while it was read")
-            position, data = row
-            yield data[start - position : stop - position]
-            start = position + len(data)
+        chunks = ToyChunks(self, stat.token, start, stat.size if stop is None else stop)
+        return Reading(stat=stat, chunks=chunks, close=chunks.close)
 
     def list(self):
         with self.transaction() as db:
@@ -117,6 +118,31 @@ class ToyDriver(Driver):
         return Unavailable(str(error)) if isinstance(error, sqlite3.OperationalError) else StoreError(str(error))
 
 
+class ToyChunks(Chunks):
+    def __init__(self, driver, token, position, stop):
+        super().__init__()
+        self.driver = driver
+        self.token = token
+        self.position = position
+        self.stop = stop
+
+    def fetch(self):
+        if self.position >= self.stop:
+            return b""
+        query = "SELECT position, data FROM blocks WHERE token = ? AND position <= ? ORDER BY position DESC LIMIT 1"
+        with self.driver.transaction() as db:
+            row = db.execute(query, (self.token, self.position)).fetchone()
+        if row is None:
+            raise Unavailable("the image was deleted while it was read")
+        first, block = row
+        data = block[self.position - first : self.stop - first]
+        self.position += len(data)
+        return data
+
+    def release(self):
+        pass  # the toy holds nothing between two chunks
+
+
 class ToyUpload(Upload):
     def __init__(self, driver, location, token):
         self.driver = driver
@@ -146,7 +172,3 @@ class ToyUpload(Upload):
 
 def moment(seconds):
     return datetime.fromtimestamp(seconds, UTC)
-
-
-def nothing():
-    pass

@@ -679,6 +679,13 @@ def _offered(run: Cli, *words: str) -> list[str]:
     return [item.removeprefix("plain,") for item in result.stdout.split()]
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has other things to do is not what is tested."""
+    monkeypatch.setattr("imagestore._commands.completion.LONGEST", 60.0)
+
+
+@pytest.mark.usefixtures("unhurried")
 def test_completion(run: Cli) -> None:
     for image in ("one", "only", "two"):
         run("add", image, "image")
@@ -706,6 +713,7 @@ def test_completion_is_silent_about_what_fails(run: Cli, monkeypatch: pytest.Mon
     assert _offered(run, "stat", "") == []
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_completion_ends_in_time_and_number(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def many(_: Store) -> Iterator[StoredImage]:
         for number in itertools.count():
@@ -719,6 +727,7 @@ def test_completion_ends_in_time_and_number(run: Cli, monkeypatch: pytest.Monkey
     assert len(_offered(run, "stat", "")) == 200
     monkeypatch.setattr("imagestore._commands.completion.LONGEST", 0.2)
     assert _offered(run, "stat", "nothing-like-it") == []
+    monkeypatch.setattr("imagestore._commands.completion.LONGEST", 3.0)
     monkeypatch.setattr(Store, "list", slow)
     assert _offered(run, "stat", "") == ["i0", "i1", "i2"]
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL

@@ -53,7 +53,7 @@ QUICK = Retry(attempts=3, first=0.001, longest=0.01)
 
 def driver(**options: Any) -> HttpDriver:
     values = {option.dest: option.default for option in HttpDriver.options}
-    return HttpDriver(Options({**values, **options}), store="web", timeouts=Timeouts(connect=2, stall=2))
+    return HttpDriver(Options({**values, **options}), store="web", timeouts=Timeouts(connect=20, stall=20))
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def make(server: FaultyHttp) -> Iterator[Callable[..., Store]]:
     """Makes stores that may reach the server."""
     stores: list[Store] = []
 
-    def make(*, retry: Retry = ONCE, connect: float = 2, stall: float = 2, **options: Any) -> Store:
+    def make(*, retry: Retry = ONCE, connect: float = 20, stall: float = 20, **options: Any) -> Store:
         options = {"allow": [f"127.0.0.1:{server.port}"], **options}
         stores.append(
             open_store("http", "web", retry=retry, timeouts=Timeouts(connect=connect, stall=stall), **options)

@@ -15,7 +15,7 @@ ROOT = Path(imagestore.__file__).parent
 
 # A module imports only what stands in a line above its own.
 ORDER = (
-    ("_config_files", "_options", "errors"),
+    ("_config_files", "_http_headers", "_options", "errors"),
     ("formats",),
     ("_models",),
     ("driver",),

@@ -17,6 +17,7 @@ from imagestore.driver import Block, Capabilities, Driver, Hints, Leftover, Opti
 from imagestore.drivers.memory import PERSONALITIES, Backend, BackendError, MemoryDriver
 from imagestore.errors import (
     AlreadyExists,
+    Cancelled,
     Changed,
     DigestMismatch,
     InUse,
@@ -698,7 +699,7 @@ def test_reads_break_and_close(personality: str) -> None:
     next(reading.chunks)
     reading.close()
     reading.close()
-    with fails(driver, StoreError):
+    with fails(driver, Cancelled):
         list(reading.chunks)
 
 

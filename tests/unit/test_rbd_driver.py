@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from imagestore._options import old_options
 from imagestore.driver import Limits, Options
-from imagestore.drivers.rbd import _MARK, RbdDriver, _Chunks, _decoded, _encoded, _Images, _mark, _time, _told, _Upload
+from imagestore.drivers._rbd_cluster import MARK, decoded, encoded, mark_of
+from imagestore.drivers._rbd_images import ImageChunks, OpenImages, record_of, time_of
+from imagestore.drivers.rbd import RbdDriver, _Upload
 from imagestore.errors import (
     Cancelled,
     Changed,
@@ -225,11 +227,11 @@ def test_any_text_is_refused_or_is_canonical(text: str) -> None:
 
 
 def test_marks() -> None:
-    own = _mark(TOKEN)
+    own = mark_of(TOKEN)
     for name in (own, f"{own}-a", f"{own}-b"):
-        assert _MARK.fullmatch(name)[1] == TOKEN  # type: ignore[index]
+        assert MARK.fullmatch(name)[1] == TOKEN  # type: ignore[index]
     for name in (".imagestore-", own[:-1], f"{own}.bak", f"{own}-c", f"{own}-ab", f"x{own}", own.upper()):
-        assert not _MARK.fullmatch(name)
+        assert not MARK.fullmatch(name)
 
 
 # Errors
@@ -284,14 +286,14 @@ def test_a_blocklisted_client_connects_anew() -> None:
 
 @given(text=st.text(max_size=20))
 def test_strings_as_ceph_has_them(text: str) -> None:
-    assert _decoded(_encoded(text)) == text
-    assert _encoded("ab") == b"\2\0\0\0ab"
+    assert decoded(encoded(text)) == text
+    assert encoded("ab") == b"\2\0\0\0ab"
 
 
 def test_times() -> None:
-    assert _time(None) is None
-    assert _time(datetime(1970, 1, 1)) is None  # noqa: DTZ001 - as librbd tells it
-    assert _time(datetime(2026, 1, 2, 3, 4, 5)) == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)  # noqa: DTZ001
+    assert time_of(None) is None
+    assert time_of(datetime(1970, 1, 1)) is None  # noqa: DTZ001 - as librbd tells it
+    assert time_of(datetime(2026, 1, 2, 3, 4, 5)) == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)  # noqa: DTZ001
 
 
 class Metadata:
@@ -310,11 +312,11 @@ class Metadata:
      f'{{"token": "{TOKEN}"}}'],
 )  # fmt: skip
 def test_metadata_of_others(text: str | None) -> None:
-    assert _told(Metadata(text)) is None
+    assert record_of(Metadata(text)) is None
 
 
 def test_metadata_of_ours() -> None:
-    told = _told(Metadata(f'{{"token": "{TOKEN}", "metadata": {{"os": "linux"}}, "more": 1}}'))
+    told = record_of(Metadata(f'{{"token": "{TOKEN}", "metadata": {{"os": "linux"}}, "more": 1}}'))
     assert told is not None
     assert told["metadata"] == {"os": "linux"}
 
@@ -391,9 +393,9 @@ class Image:
         self.closed += 1
 
 
-def reading(size: int, start: int = 0, stop: int | None = None) -> tuple[Image, _Images, _Chunks]:
-    image, images = Image(size), _Images()
-    chunks = _Chunks(image, start, size if stop is None else stop, images)  # type: ignore[arg-type]  # a fake
+def reading(size: int, start: int = 0, stop: int | None = None) -> tuple[Image, OpenImages, ImageChunks]:
+    image, images = Image(size), OpenImages()
+    chunks = ImageChunks(image, start, size if stop is None else stop, images)  # type: ignore[arg-type]  # a fake
     return image, images, chunks
 
 
@@ -480,7 +482,7 @@ def test_closing_waits_for_requests_and_gives_back_once() -> None:
 
 
 def test_few_idle_images_are_kept() -> None:
-    images = _Images()
+    images = OpenImages()
     made = [Image(0) for _ in range(12)]
     for image in made:
         images.give(image)  # type: ignore[arg-type]  # a fake

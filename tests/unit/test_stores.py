@@ -25,6 +25,7 @@ from imagestore.errors import (
     PermissionDenied,
     SourceError,
     Unavailable,
+    Unsupported,
 )
 
 MIB = 1 << 20
@@ -359,8 +360,9 @@ def test_copy_inside_the_backend():
             stores.copy(place, "b", image_id="y", source="a")
         assert stores.copy(place, "b", image_id="z", source="a", expected=SHA).digests == SHA
         assert backend.count("read") > reads, "digests need the bytes"
-        second._template.backend.script = {"copy": [InvalidLocation("that is another cluster")]}
-        assert stores.copy(place, "b", image_id="w", source="a").digests == SHA
+        for number, refusal in enumerate((InvalidLocation("that is another cluster"), Unsupported("not of that kind"))):
+            second._template.backend.script = {"copy": [refusal]}
+            assert stores.copy(place, "b", image_id=f"w{number}", source="a").digests == SHA
 
 
 def test_a_copy_whose_answer_is_lost_is_looked_into():

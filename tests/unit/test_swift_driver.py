@@ -579,3 +579,25 @@ def test_no_dots_in_paths():
         with pytest.raises(InvalidLocation):
             container.path(name)
     assert container.path("a..b/.c") == "/glance/a..b/.c"
+
+
+def test_what_a_server_that_copies_whole_objects_copies():
+    """That takes no large object for a segment: its segments are copied, as far as they are known."""
+    held = [{"name": "t/00000001", "bytes": 3}, {"name": "t/00000000", "bytes": 8}]
+    source = SimpleNamespace(
+        facts=SimpleNamespace(conditional=False, object_max=100),
+        path=lambda name: f"/c/{name}",
+        segments=lambda asked: held if asked == TOKEN else [],
+    )
+
+    def parts(headers, size):
+        return SwiftDriver._parts(None, source, "image", headers, size)
+
+    large = {"X-Static-Large-Object": "True"}
+    ours = {**large, f"{objects.META}Token": TOKEN, f"{objects.META}Id": "image"}
+    assert parts({}, 0) == []
+    assert parts({}, 100) == [("/c/image", 0, 100, True)]
+    assert parts(ours, 11) == [("/c/t/00000000", 0, 8, True), ("/c/t/00000001", 0, 3, True)]
+    for headers, size in (({}, 101), (large, 11), (ours, 12), ({"X-Object-Manifest": "c/image-"}, 11)):
+        with pytest.raises(Unsupported):
+            parts(headers, size)
