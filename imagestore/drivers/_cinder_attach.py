@@ -15,16 +15,30 @@ import socket
 import stat
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
+from oslo_config import cfg
+
+from imagestore import driver
 from imagestore.driver import require
 from imagestore.drivers._cinder_client import Api, text_of
-from imagestore.errors import Cancelled, ConfigurationError, Unavailable, Unsupported
+from imagestore.errors import ConfigurationError, StoreError, Unavailable, Unsupported
 
-__all__ = ["Attachment", "Brick", "Chunks", "Readers"]
+__all__ = ["READING", "Attachment", "Brick", "Chunks", "Readers"]
+
+READING: Final = "imagestore_reading_"
+"""Before the id of an attachment for reading, the name of a volume's metadata that tells when it was last used."""
 
 _CHUNK: Final = 1024 * 1024
+_ZEROS: Final = bytes(_CHUNK)
+_WINDOW: Final = 256 * _CHUNK
+_BEAT_EVERY: Final = 600.0
+_LINGER: Final = 0.5
+_SEEN_AFTER: Final = 15.0
 _FILE_SYSTEMS: Final = frozenset({"NFS", "GLUSTERFS", "SCALITY", "VZSTORAGE", "QUOBYTE"})
 _privileged = threading.Lock()
 
@@ -34,7 +48,8 @@ class Brick:
 
     Args:
         minimal: tell Cinder no more of this host than its name and address; needs no privilege.
-        root_helper: the command by which os-brick becomes root where it must.
+        root_helper: the command by which os-brick becomes root where it must; empty: this process is root.
+        lock_path: directory for lock files, in the whole process; None: what the program's configuration says.
         my_ip: this host's address on the storage network; None: what its name stands for.
         mount_base: directory below which shares are mounted.
     """
@@ -44,6 +59,7 @@ class Brick:
         *,
         minimal: bool,
         root_helper: str,
+        lock_path: str | None,
         my_ip: str | None,
         multipath: bool,
         enforce_multipath: bool,
@@ -51,6 +67,9 @@ class Brick:
         encrypted: bool,
     ) -> None:
         self._connectors = require("os_brick.initiator.connector", extra="cinder")
+        if lock_path is not None:
+            # os-brick looks nowhere else for it.
+            cfg.CONF.set_default("lock_path", lock_path, "os_brick")
         self._minimal = minimal
         self._root_helper = root_helper
         self._my_ip = my_ip
@@ -84,16 +103,24 @@ class Brick:
         }
 
     def _whole_host(self) -> Mapping[str, Any]:
-        privileges = require("oslo_privsep.priv_context", extra="cinder")
-        with _privileged:
-            privileges.init(root_helper=shlex.split(self._root_helper))
+        self._know_how_to_be_root()
         found: Mapping[str, Any] = self._connectors.get_connector_properties(
             self._root_helper, self._address(), self._multipath, self._enforce_multipath
         )
         return found
 
+    def _know_how_to_be_root(self) -> None:
+        """Tell os-brick, which does nothing about it until it must; for the whole process, as there is no other way."""
+        with _privileged:
+            if self._root_helper:
+                privileges = require("oslo_privsep.priv_context", extra="cinder")
+                privileges.init(root_helper=shlex.split(self._root_helper))
+            else:
+                require("os_brick.privileged", extra="cinder").default.set_client_mode(False)
+
     def connector(self, info: Mapping[str, Any]) -> Any:
         """os-brick's connector for what Cinder says of an attachment."""
+        self._know_how_to_be_root()
         protocol = str(info["driver_volume_type"]).upper()
         special: dict[str, Any] = {}
         if protocol in _FILE_SYSTEMS:
@@ -117,6 +144,8 @@ class Device(Protocol):
 
     def flush(self) -> None:
         """What was written has reached the backend."""
+
+    def size(self) -> int: ...
 
     def areas(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Areas that may hold other than zeros, ascending."""
@@ -144,6 +173,9 @@ class FileDevice:
         if self._writable:
             os.fsync(self._file)
 
+    def size(self) -> int:
+        return os.lseek(self._file, 0, os.SEEK_END)
+
     def areas(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
             yield start, stop
@@ -170,6 +202,9 @@ class HandleDevice:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._lock = threading.Lock()
+        # What it was opened with has Ceph's key in it, and would outlive a process that is killed.
+        with contextlib.suppress(OSError, AttributeError):
+            os.unlink(handle.rbd_conf)
 
     def read(self, offset: int, length: int) -> bytes:
         with self._lock:
@@ -185,6 +220,11 @@ class HandleDevice:
         with self._lock:
             self._handle.flush()
 
+    def size(self) -> int:
+        with self._lock:
+            self._handle.seek(0, os.SEEK_END)
+            return int(self._handle.tell())
+
     def areas(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         image = getattr(self._handle, "rbd_image", None)
         if image is None:
@@ -196,8 +236,9 @@ class HandleDevice:
                 found.append((offset, offset + length))
 
         with self._lock:
-            image.diff_iterate(start, stop - start, None, note)
-        return iter(sorted(found))
+            # Of whole objects, which the object map knows without asking for each.
+            image.diff_iterate(start, stop - start, None, note, True, True)
+        return iter(sorted((max(begin, start), min(end, stop)) for begin, end in found))
 
     def close(self) -> None:
         """Left to os-brick, which closes what it opened."""
@@ -208,6 +249,7 @@ class Attachment:
 
     Attributes:
         device: its bytes.
+        id: Cinder's id of the attachment.
     """
 
     device: Device
@@ -219,6 +261,8 @@ class Attachment:
         self._writable = writable
         self._undo: list[Callable[[], object]] = []
         self._flushed = False
+        self._next_beat = 0.0
+        self.id = ""
 
     def open(self) -> None:
         """Attach, connect and open. What fails takes back what came before it.
@@ -238,8 +282,11 @@ class Attachment:
 
     def _open(self) -> None:
         # Not in one request with the next: of one that failed half-way nobody would know the id.
-        attachment_id = self._api.reserve(self._volume_id, "rw" if self._writable else "ro")
+        self.id = attachment_id = self._api.reserve(self._volume_id, "rw" if self._writable else "ro")
+        if not self._writable:
+            self._undo.append(lambda: self._api.unset_metadata(self._volume_id, READING + attachment_id))
         self._undo.append(lambda: self._api.detach(attachment_id))
+        self.beat()
         info = self._api.export(attachment_id, self._brick.host())
         self._require_plain(info)
         if self._writable and info.get("access_mode", "rw") == "ro":
@@ -259,6 +306,18 @@ class Attachment:
         self._undo.append(self.device.close)
         self._api.complete(attachment_id)
 
+    def beat(self) -> None:
+        """Say in the volume's metadata, now and then, that it is being read."""
+        if self._writable or time.monotonic() < self._next_beat:
+            return
+        self._next_beat = time.monotonic() + _BEAT_EVERY
+        try:
+            self._api.set_metadata(self._volume_id, {READING + self.id: datetime.now(UTC).isoformat()})
+        except StoreError as error:
+            # Who may only read can do without.
+            if error.temporary:
+                raise
+
     def _require_plain(self, info: Mapping[str, Any]) -> None:
         if info.get("encrypted") and not self._brick.encrypted:
             raise Unsupported(
@@ -268,11 +327,20 @@ class Attachment:
         if info.get("format") not in (None, "raw"):
             raise Unsupported(f"the volume is a file of the format {info['format']}: the share must hold raw files")
 
-    def grown(self) -> None:
-        """The volume was extended while it is attached: let this host see it."""
-        # Where a device would have to be read anew; librbd and files show their length at once.
+    def grown(self, size: int) -> None:
+        """The volume was extended to ``size`` bytes while it is attached: let this host see it.
+
+        Raises:
+            Unavailable: it does not see it within a while.
+        """
         with contextlib.suppress(NotImplementedError):
             self._connector.extend_volume(self._info)
+        # librbd hears of it when it hears of it, and refuses writes until then; to ask for the size makes it look.
+        end = time.monotonic() + _SEEN_AFTER
+        while (seen := self.device.size()) < size:
+            if time.monotonic() > end:
+                raise Unavailable(f"the volume has {size} bytes now, and this host still sees {seen}")
+            time.sleep(0.1)
 
     def flush(self) -> None:
         """Everything written is stored when this has returned once; no write may come after it."""
@@ -292,6 +360,7 @@ class _Held:
         # A reader that is dropped gives back from wherever the interpreter happens to be.
         self.lock = threading.RLock()
         self.users = 0
+        self.reading = 0
         self.attachment: Attachment | None = None
 
 
@@ -301,35 +370,43 @@ class Readers:
     def __init__(self, api: Api, brick: Brick) -> None:
         self._api = api
         self._brick = brick
-        self._lock = threading.RLock()
+        self._change = threading.Condition(threading.RLock())
         self._held: dict[str, _Held] = {}
         self._stuck: list[Attachment] = []
 
-    def open(self, volume_id: str, start: int, stop: int) -> Chunks:
-        """The bytes of a volume from ``start`` up to ``stop``."""
+    def open(self, volume_id: str, start: int, stop: int, *, partial: bool = False) -> Chunks:
+        """The bytes of a volume from ``start`` up to ``stop``; ``partial``: others are likely to be asked for next."""
         held = self._take(volume_id)
-        return Chunks(held, start, stop, lambda good: self._give(volume_id, held, good=good))
-
-    @contextlib.contextmanager
-    def device(self, volume_id: str) -> Iterator[Device]:
-        held = self._take(volume_id)
+        attachment = held.attachment
+        assert attachment is not None
         try:
-            assert held.attachment is not None
-            yield held.attachment.device
-        finally:
-            self._give(volume_id, held, good=True)
+            # Holes are not read, so a device that ends in one would not be noticed.
+            if (size := attachment.device.size()) < stop:
+                raise Unavailable(f"the volume's device ends at byte {size}")
+        except BaseException as error:
+            try:
+                self._give(volume_id, held, False, False)
+            except Exception as second:  # noqa: BLE001 - the first error matters more
+                error.add_note(f"the volume could not be detached: {text_of(second)}")
+            raise
+        return Chunks(attachment, start, stop, lambda good, ended: self._give(volume_id, held, good, ended and partial))
+
+    def has(self, attachment_id: str) -> bool:
+        """Whether it is one of these."""
+        with self._change:
+            there = [held.attachment for held in self._held.values()]
+        return any(each is not None and each.id == attachment_id for each in there)
 
     def close(self) -> None:
         """Try once more to detach what could not be."""
-        with self._lock:
-            stuck, self._stuck = self._stuck, []
-        for attachment in stuck:
-            attachment.close()
+        self._detach()
 
     def _take(self, volume_id: str) -> _Held:
-        with self._lock:
+        with self._change:
             held = self._held.setdefault(volume_id, _Held())
             held.users += 1
+            held.reading += 1
+            self._change.notify_all()
         try:
             with held.lock:
                 if held.attachment is None:
@@ -337,14 +414,18 @@ class Readers:
                     attachment.open()
                     held.attachment = attachment
         except BaseException:
-            self._give(volume_id, held, good=True)
+            self._give(volume_id, held, True, False)
             raise
         return held
 
-    def _give(self, volume_id: str, held: _Held, *, good: bool) -> None:
+    def _give(self, volume_id: str, held: _Held, good: bool, linger: bool) -> None:
+        with self._change:
+            held.reading -= 1
+            if linger:
+                self._change.wait_for(lambda: held.reading > 0, _LINGER)
         # Who comes for the volume while it is being detached waits for the lock, and attaches it anew.
         with held.lock:
-            with self._lock:
+            with self._change:
                 held.users -= 1
                 last = held.users == 0
                 if not good:
@@ -353,70 +434,99 @@ class Readers:
             try:
                 if last and held.attachment is not None:
                     attachment, held.attachment = held.attachment, None
-                    self._detach(attachment)
+                    with self._change:
+                        self._stuck.append(attachment)
+                    self._detach()
             finally:
-                with self._lock:
+                with self._change:
                     if held.users == 0:
                         self._forget(volume_id, held)
 
-    def _detach(self, attachment: Attachment) -> None:
-        try:
-            attachment.close()
-        except BaseException:
-            with self._lock:
-                self._stuck.append(attachment)
-            raise
+    def _detach(self) -> None:
+        """Detach all that is not read any more.
+
+        While Cinder can't be reached for a moment, that stays for the next time: what was read is none the worse for
+        it, and if there is no next time the mark in the volume's metadata tells of it.
+        """
+        with self._change:
+            stuck, self._stuck = self._stuck, []
+        while stuck:
+            try:
+                stuck[-1].close()
+            except BaseException as error:
+                with self._change:
+                    self._stuck += stuck
+                if isinstance(error, StoreError) and error.temporary:
+                    return
+                raise
+            stuck.pop()
 
     def _forget(self, volume_id: str, held: _Held) -> None:
         if self._held.get(volume_id) is held:
             del self._held[volume_id]
 
 
-class Chunks:
-    """Pieces of a volume, in order. The attachment is given back at the end, on an error, and when it is dropped."""
+class Chunks(driver.Chunks):
+    """Pieces of a volume, in order. The attachment is given back at the end, on an error, and when it is dropped.
 
-    def __init__(self, held: _Held, start: int, stop: int, give: Callable[[bool], None]) -> None:
-        assert held.attachment is not None
-        self._device = held.attachment.device
-        self._at = start
+    ``give`` is told whether the device is good, and whether the end was reached.
+    """
+
+    def __init__(self, attachment: Attachment, start: int, stop: int, give: Callable[[bool, bool], None]) -> None:
+        super().__init__()
+        self._attachment = attachment
+        self._device = attachment.device
+        self._at = self._looked = start
         self._stop = stop
+        self._areas: deque[tuple[int, int]] = deque()
         self._give = give
-        self._lock = threading.Lock()
-        self._closed = False
+        self._good = True
+        self._whole = False
 
-    def __iter__(self) -> Chunks:
-        return self
+    def fetch(self) -> bytes:
+        if self._at >= self._stop:
+            self._whole = True
+            return b""
+        # A volume that is attached can be read without Cinder.
+        with contextlib.suppress(StoreError):
+            self._attachment.beat()
+        self._good = False
+        data = self._next()
+        self._good = True
+        self._at += len(data)
+        return data
 
-    def __next__(self) -> bytes:
-        # Nobody closes the device under a read that runs.
-        with self._lock:
-            if self._closed:
-                raise Cancelled("the read was closed")
-            if self._at >= self._stop:
-                self._end(good=True)
-                raise StopIteration
-            try:
-                data = self._device.read(self._at, min(_CHUNK, self._stop - self._at))
-                if not data:
-                    raise Unavailable(f"the volume's device ends at byte {self._at}")
-            except BaseException as error:
-                try:
-                    self._end(good=False)
-                except Exception as second:  # noqa: BLE001 - the first error matters more
-                    error.add_note(f"the volume could not be detached: {text_of(second)}")
-                raise
-            self._at += len(data)
-            return data
+    def _next(self) -> bytes:
+        if self._at >= self._looked:
+            self._looked = min(self._at + _WINDOW, self._stop)
+            self._areas = deque(_joined(self._device.areas(self._at, self._looked)))
+        while self._areas and self._areas[0][1] <= self._at:
+            self._areas.popleft()
+        start, stop = self._areas[0] if self._areas else (self._looked, self._looked)
+        if self._at < start:
+            return _ZEROS[: start - self._at]
+        data = self._device.read(self._at, min(_CHUNK, stop - self._at))
+        if not data:
+            raise Unavailable(f"the volume's device ends at byte {self._at}")
+        return data
 
-    def close(self) -> None:
-        with self._lock:
-            if not self._closed:
-                self._end(good=True)
-
-    def _end(self, *, good: bool) -> None:
-        self._closed = True
-        self._give(good)
+    def release(self) -> None:
+        self._give(self._good, self._whole)
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _joined(areas: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Areas, with those that are near each other made one: to read what lies between is quicker than to ask twice."""
+    found: tuple[int, int] | None = None
+    for start, stop in areas:
+        if found is not None and start - found[1] < _CHUNK:
+            found = found[0], stop
+            continue
+        if found is not None:
+            yield found
+        found = start, stop
+    if found is not None:
+        yield found

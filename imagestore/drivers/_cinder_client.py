@@ -14,12 +14,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
+from urllib.parse import urlencode
 
-from imagestore.driver import Timeouts, require
+from imagestore.driver import Timeouts, Usage, require
 from imagestore.errors import (
     ConfigurationError,
     InUse,
     LimitExceeded,
+    MissingDependency,
     NotFound,
     PermissionDenied,
     RateLimited,
@@ -32,6 +34,7 @@ from imagestore.errors import (
 
 __all__ = ["Api", "Endpoint", "Login", "Volume", "Web", "meaning", "text_of"]
 
+GIB: Final = 1024 * 1024 * 1024
 MICROVERSION: Final = "3.54"
 _FIRST_POLL: Final = 0.1
 _LONGEST_POLL: Final = 2.0
@@ -190,73 +193,96 @@ class Web:
 
 
 class Api:
-    """Cinder for one project, over a cinderclient: a method is one request, but for those that wait.
+    """Cinder for one project: a method is one request, but for lists that are long and for those that wait.
 
     Args:
-        client: a cinderclient.
+        client: a cinderclient. Only its connection is used: its managers would keep lists of ids in files.
         patience: seconds after which a state that does not come counts as stalled.
     """
 
     def __init__(self, client: Any, patience: float) -> None:
-        self._client = client
+        self._http = client.client
         self._patience = patience
+
+    def _ask(self, method: str, path: str, body: Any = None, *, refused: type[StoreError] = StoreError) -> Any:
+        """The answer's body. ``refused`` is the error of a request that does not fit the state of things."""
+        values = {} if body is None else {"body": body}
+        try:
+            _, told = getattr(self._http, method)(path, **values)
+        except Exception as error:
+            found = refused(f"Cinder refuses it: {text_of(error)}") if _is(error, "BadRequest") else meaning(error)
+            if found is None:
+                raise
+            raise found from error
+        return told
 
     # Volumes
 
     def volume(self, volume_id: str) -> Volume:
         """Raises `NotFound`."""
-        with _ours():
-            found: Volume = self._client.volumes.get(volume_id).to_dict()
+        found: Volume = self._ask("get", f"/volumes/{volume_id}")["volume"]
         return found
 
     def volumes(self, **metadata: str) -> Iterator[Volume]:
-        """All volumes of the project, or those with this metadata (which the server may compare without case)."""
-        wanted = {"search_opts": {"metadata": metadata}} if metadata else {}
-        with _ours():
-            found = self._client.volumes.list(detailed=True, **wanted)
-        for each in found:
-            volume = each.to_dict()
-            if metadata.items() <= volume["metadata"].items():
-                yield volume
+        """All volumes of the project, or those with this metadata (which the server may compare without case).
+
+        Raises `Unavailable` if one at the end of a page was deleted meanwhile.
+        """
+        query = {"metadata": repr(metadata)} if metadata else {}
+        found: list[Volume] = []
+        while True:
+            try:
+                told = self._ask("get", f"/volumes/detail?{urlencode(query)}")
+            except NotFound as error:
+                raise Unavailable("a volume went away while all were listed") from error
+            found += told["volumes"]
+            if not told.get("volumes_links"):
+                break
+            query["marker"] = found[-1]["id"]
+        return (volume for volume in found if metadata.items() <= volume["metadata"].items())
 
     def create(self, gib: int, name: str, metadata: Mapping[str, str], volume_type: str | None) -> Volume:
-        with _ours():
-            made = self._client.volumes.create(gib, name=name, metadata=dict(metadata), volume_type=volume_type)
-        shown: Volume = made.to_dict()
-        return shown
-
-    def rename(self, volume_id: str, name: str) -> None:
-        with _ours():
-            self._client.volumes.update(volume_id, name=name)
+        wanted = {"size": gib, "name": name, "metadata": dict(metadata)}
+        if volume_type is not None:
+            wanted["volume_type"] = volume_type
+        made: Volume = self._ask("post", "/volumes", {"volume": wanted})["volume"]
+        return made
 
     def protect(self, volume_id: str) -> None:
         """Let nobody attach it for writing. The volume must be available."""
-        with _ours():
-            self._client.volumes.update_readonly_flag(volume_id, True)
+        self._ask("post", f"/volumes/{volume_id}/action", {"os-update_readonly_flag": {"readonly": True}})
 
-    def set_metadata(self, volume_id: str, metadata: Mapping[str, str]) -> None:
-        """Add to the metadata."""
-        with _ours():
-            self._client.volumes.set_metadata(volume_id, dict(metadata))
+    def set_metadata(self, volume_id: str, metadata: Mapping[str, str]) -> Mapping[str, str]:
+        """Add to the metadata; all that there are then."""
+        told = self._ask("post", f"/volumes/{volume_id}/metadata", {"metadata": dict(metadata)})
+        found: Mapping[str, str] = told["metadata"]
+        return found
 
-    def replace_metadata(self, volume_id: str, metadata: Mapping[str, str]) -> None:
-        """All metadata anew, in one step."""
-        with _ours():
-            self._client.volumes.update_all_metadata(volume_id, dict(metadata))
+    def unset_metadata(self, volume_id: str, key: str) -> None:
+        """Take one away; one that is gone already is as good."""
+        with contextlib.suppress(NotFound):
+            self._ask("delete", f"/volumes/{volume_id}/metadata/{key}")
+
+    def publish(self, volume_id: str, name: str, metadata: Mapping[str, str]) -> None:
+        """Name and all metadata anew, in one request."""
+        self._ask("put", f"/volumes/{volume_id}", {"volume": {"name": name, "metadata": dict(metadata)}})
 
     def extend(self, volume_id: str, gib: int) -> None:
-        with _ours():
-            self._client.volumes.extend(volume_id, gib)
+        self._ask("post", f"/volumes/{volume_id}/action", {"os-extend": {"new_size": gib}})
 
     def delete(self, volume_id: str) -> None:
         """Begin to delete. Raises `InUse` if it is attached or has snapshots."""
-        with _ours(refused=InUse):
-            self._client.volumes.delete(volume_id)
+        self._ask("delete", f"/volumes/{volume_id}", refused=InUse)
 
     def types(self) -> list[str]:
         """Names and ids of all volume types that the project may use."""
-        with _ours():
-            return [text for each in self._client.volume_types.list() for text in (each.name, each.id)]
+        return [text for each in self._ask("get", "/types")["volume_types"] for text in (each["name"], each["id"])]
+
+    def usage(self) -> Usage:
+        """The project's quota in bytes; nothing of what has no limit."""
+        told = self._ask("get", "/limits")["limits"]["absolute"]
+        used, total = told["totalGigabytesUsed"] * GIB, told["maxTotalVolumeGigabytes"] * GIB
+        return Usage(used=used) if total < 0 else Usage(used=used, total=max(used, total), free=max(0, total - used))
 
     # Attachments
 
@@ -265,57 +291,56 @@ class Api:
 
         Raises `Unavailable` while something else has the volume and Cinder allows no second one.
         """
-        with _ours(refused=Unavailable):
-            made: str = self._client.attachments.create(volume_id, None, mode=mode)["id"]
+        wanted = {"volume_uuid": volume_id, "mode": mode}
+        made: str = self._ask("post", "/attachments", {"attachment": wanted}, refused=Unavailable)["attachment"]["id"]
         return made
 
     def export(self, attachment_id: str, connector: Mapping[str, Any]) -> Mapping[str, Any]:
         """Let the backend give the volume to this host: how to connect it (``connection_info``)."""
-        with _ours():
-            found = self._client.attachments.update(attachment_id, dict(connector))
-        info: Mapping[str, Any] = found.to_dict()["connection_info"]
+        told = self._ask("put", f"/attachments/{attachment_id}", {"attachment": {"connector": dict(connector)}})
+        info: Mapping[str, Any] = told["attachment"]["connection_info"]
         return info
 
     def complete(self, attachment_id: str) -> None:
-        with _ours():
-            self._client.attachments.complete(attachment_id)
+        self._ask("post", f"/attachments/{attachment_id}/action", {"os-complete": None})
 
     def detach(self, attachment_id: str) -> None:
         """Remove an attachment; one that is gone already is as good."""
-        with contextlib.suppress(NotFound), _ours():
-            self._client.attachments.delete(attachment_id)
+        with contextlib.suppress(NotFound):
+            self._ask("delete", f"/attachments/{attachment_id}")
 
     def attachments(self, volume_id: str) -> list[str]:
         """Ids of all attachments of a volume, in whatever state."""
-        with _ours():
-            found = self._client.attachments.list(detailed=True, search_opts={"volume_id": volume_id})
-        return [each.id for each in found if each.volume_id == volume_id]
+        found = self._ask("get", f"/attachments?{urlencode({'volume_id': volume_id})}")["attachments"]
+        return [each["id"] for each in found if each["volume_id"] == volume_id]
 
     # Waiting
 
-    def settled(self, volume_id: str, moving: Collection[str] = _MOVING) -> Volume:
-        """Wait until the volume is in none of the states that pass by themselves.
+    def settled(self, volume_id: str, seen: Volume | None = None, *, moving: Collection[str] = _MOVING) -> Volume:
+        """Wait until the volume is in none of the states that pass by themselves. ``seen``: it was just asked for.
 
         Raises:
             StoreTimeout: it stayed in one of them.
         """
         end = time.monotonic() + self._patience
         wait = _FIRST_POLL
-        while (volume := self.volume(volume_id))["status"] in moving:
+        volume = seen or self.volume(volume_id)
+        while volume["status"] in moving:
             if time.monotonic() + wait > end:
                 raise StoreTimeout(f"volume {volume_id} is still {volume['status']} after {self._patience:.0f} s")
             time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_POLL)
+            wait = min(1.5 * wait, _LONGEST_POLL)
+            volume = self.volume(volume_id)
         return volume
 
-    def ready(self, volume_id: str) -> Volume:
+    def ready(self, volume_id: str, seen: Volume | None = None) -> Volume:
         """Wait until the volume is available.
 
         Raises:
             StoreFull: Cinder found no room for it, or could not extend it.
             Unavailable: it is in another state.
         """
-        volume = self.settled(volume_id)
+        volume = self.settled(volume_id, seen)
         status = volume["status"]
         if status == "available":
             return volume
@@ -323,7 +348,7 @@ class Api:
             raise StoreFull(f"Cinder could not make room: volume {volume_id} is in the state {status}")
         raise Unavailable(f"volume {volume_id} is {status}, not available")
 
-    def remove(self, volume_id: str) -> None:
+    def remove(self, volume_id: str, seen: Volume | None = None) -> None:
         """Delete a volume and wait until it is gone. One that is gone already is as good.
 
         A backend that still sees a client, which may be a dead one, gives a volume back as available, without an
@@ -334,25 +359,13 @@ class Api:
             Unavailable: Cinder failed to delete it.
         """
         with contextlib.suppress(NotFound):
-            volume = self.settled(volume_id)
+            volume = self.settled(volume_id, seen)
             for _ in range(_DELETES):
                 if volume["status"] == "error_deleting":
                     raise Unavailable(f"Cinder failed to delete volume {volume_id}", temporary=False)
                 self.delete(volume_id)
-                volume = self.settled(volume_id)
+                volume = self.settled(volume_id, {"status": "deleting"})
             raise InUse("a client has it open: the backend does not delete it")
-
-
-@contextlib.contextmanager
-def _ours(refused: type[StoreError] = StoreError) -> Iterator[None]:
-    """What is raised within is an error of ours; ``refused`` is that of a request that does not fit the state."""
-    try:
-        yield
-    except Exception as error:
-        found = refused(f"Cinder refuses it: {text_of(error)}") if _is(error, "BadRequest") else meaning(error)
-        if found is None:
-            raise
-        raise found from error
 
 
 def _is(error: BaseException, name: str) -> bool:
@@ -361,10 +374,10 @@ def _is(error: BaseException, name: str) -> bool:
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says, on one line. os-brick's keep the true text apart."""
+    """What an error says, on one line. What is said for people is at another place in each library's errors."""
     kept = getattr(error, "kwargs", None)
-    text = kept.get("msg") if isinstance(kept, dict) else None
-    return " ".join(str(text or getattr(error, "message", None) or error).split())[:400]
+    told = (kept.get("msg") if isinstance(kept, dict) else getattr(error, "message", None)) or error
+    return " ".join(str(told).split())[:400]
 
 
 def meaning(error: BaseException) -> StoreError | None:
@@ -378,6 +391,12 @@ def meaning(error: BaseException) -> StoreError | None:
         return _of_keystone(error)
     if _is(error, "FailedToDropPrivileges"):
         return PermissionDenied(f"os-brick may not become root: see the option root_helper ({text_of(error)})")
+    if _is(error, "RequiredOptError"):
+        return ConfigurationError(f"os-brick has no directory for its lock files: see the option lock_path ({error})")
+    if family == "os_brick" and "module required" in text_of(error):
+        return MissingDependency(
+            "the Python modules rados and rbd are not installed: install python3-rados, python3-rbd"
+        )
     if family in ("os_brick", "oslo_privsep", "oslo_concurrency"):
         return Unavailable(f"the volume can't be connected to this host: {type(error).__name__}: {text_of(error)}")
     return _of_device(error, family)

@@ -12,11 +12,13 @@ as it fills.
 **Commit** detaches the volume, sets it read-only and replaces all its metadata with those of an image in one request.
 Cinder has no request that only one of two can win, so a commit and a discard each write what they are about to do
 first and look for the other's then; at least one sees both. A commit then gives way at once, and a discard as soon as
-it sees the image. Two adders of one id find each other by metadata, which two that commit in the same moment may both
-pass: hence ``detected``.
+it sees the image. Adders of one id find each other in the same way, and one of them goes on; but whoever says nothing
+for longer than a commit takes is taken for dead, which it might not be: hence ``detected``.
 
-**Reads** attach the volume, for all readers of it in this process together, and detach it when the last one ends.
-Another host can read it at the same time if the volume's type allows several attachments.
+**Reads** attach the volume, once for all of its readers of this store (those of a bound view have one of their own),
+and detach it when the last one ends. Others can read it at the same time if the volume's type allows several
+attachments. An attachment for reading is marked in the volume's metadata, because one whose process was killed stays,
+and keeps the image from being deleted: ``uploads`` lists it, and ``discard`` detaches it.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -44,8 +48,9 @@ from imagestore.driver import (
     Stat,
     StoredImage,
     Upload,
+    Usage,
 )
-from imagestore.drivers._cinder_attach import Attachment, Brick, Readers
+from imagestore.drivers._cinder_attach import READING, Attachment, Brick, Readers
 from imagestore.drivers._cinder_client import Api, Endpoint, Login, Volume, Web, meaning
 from imagestore.errors import (
     AlreadyExists,
@@ -53,7 +58,6 @@ from imagestore.errors import (
     ConfigurationError,
     InvalidLocation,
     NotFound,
-    SizeMismatch,
     StoreError,
     Unauthenticated,
     Unavailable,
@@ -73,6 +77,8 @@ _TOKEN: Final = re.compile(r"[0-9a-f]{32}")
 _ID: Final = "glance_image_id"
 _SIZE: Final = "image_size"
 _OF_UPLOAD: Final = "imagestore_token"
+# Glance's name for the project that an image belongs to; Cinder clones the volume for new ones of that project only.
+_OWNER: Final = "image_owner"
 _MARK: Final = "imagestore_upload"
 _MARK_ID: Final = "imagestore_image"
 _BEAT: Final = "imagestore_beat"
@@ -166,9 +172,24 @@ class CinderDriver(Driver):
             help="What Cinder is told of this host when a volume is attached.",
         ),
         cfg.StrOpt("my_ip", help="Address of this host on the storage network. Not set: what its name stands for."),
-        cfg.StrOpt("root_helper", default="sudo", help="Command by which os-brick becomes root where it must."),
+        cfg.StrOpt(
+            "root_helper",
+            default="sudo",
+            help=(
+                "Command by which os-brick becomes root where it must: goes before privsep-helper, and must find it. "
+                "Empty: this process is root itself."
+            ),
+        ),
         cfg.BoolOpt("use_multipath", default=False, help="Connect volumes by several paths where there are any."),
         cfg.BoolOpt("enforce_multipath", default=False, help="Fail if multipath is wanted and multipathd is missing."),
+        cfg.StrOpt(
+            "lock_path",
+            help=(
+                "Directory for os-brick's lock files, for the whole process: best the one of everything on this host "
+                "that connects volumes, such as nova-compute. Not set: what the program's own configuration says in "
+                "[os_brick] or [oslo_concurrency]. iSCSI, Fibre Channel and NVMe need it; RBD does not."
+            ),
+        ),
         cfg.StrOpt(
             "mount_base", default="/var/lib/imagestore/mnt", help="Directory below which shares of files are mounted."
         ),
@@ -241,11 +262,11 @@ class CinderDriver(Driver):
         """
         settings = self.settings
         self._web = Web(self._endpoint, settings.cacert or None, self.timeouts)
-        self._uploads: dict[str, _Upload] = {}
         try:
             self._brick = Brick(
                 minimal=settings.connector == "minimal",
                 root_helper=settings.root_helper or "",
+                lock_path=settings.lock_path or None,
                 my_ip=settings.my_ip or None,
                 multipath=settings.use_multipath,
                 enforce_multipath=settings.enforce_multipath,
@@ -290,10 +311,12 @@ class CinderDriver(Driver):
 
     def close(self) -> None:
         """Give up idle connections, and the volumes of uploads that were given up. Reads that are open go on."""
-        for upload in list(self._uploads.values()):
+        own = [upload for key, upload in list(_running.items()) if key == _here(key[1]) and upload.is_of(self._web)]
+        for upload in own:
             # What stays has our mark.
             with contextlib.suppress(Exception):
                 upload.let_go("the store was closed")
+            upload.forget()
         try:
             if self._known is not None:
                 self._readers.close()
@@ -354,27 +377,23 @@ class CinderDriver(Driver):
         return _stat_of(self._image(location))
 
     def read(self, location: Location, start: int, stop: int | None, /, version: str | None = None) -> Reading:
-        stat = self._pinned(location, version)
-        chunks = self._readers.open(location.key[0], start, stat.size if stop is None else stop)
-        return Reading(stat=stat, chunks=chunks, close=chunks.close)
-
-    def _pinned(self, location: Location, version: str | None) -> Stat:
+        """Attach the volume and open it. Holes that librbd or a file system knows become zeros without being read."""
         stat = self.stat(location)
         if version is not None and version != stat.version:
             raise Changed("the volume holds another image now")
-        return stat
+        stop = stat.size if stop is None else stop
+        # After a part of an image the next one is likely to be read, and to attach anew would take longer than to wait.
+        chunks = self._readers.open(location.key[0], start, stop, partial=stop - start < stat.size)
+        return Reading(stat=stat, chunks=chunks, close=chunks.close)
 
-    def extents(self, location: Location, start: int, stop: int, version: str | None, /) -> Iterator[tuple[int, int]]:
-        """What the device tells: librbd and files know their holes, block devices are taken to have none."""
-        self._pinned(location, version)
-        with self._readers.device(location.key[0]) as device:
-            areas = [*device.areas(start, stop)]
-        yield from areas
+    def usage(self) -> Usage:
+        """The project's quota of volumes, of all types together."""
+        return self._api.usage()
 
     def delete(self, location: Location, /) -> None:
         volume = self._image(location)
         try:
-            self._api.remove(volume["id"])
+            self._api.remove(volume["id"], volume)
         except Unavailable:
             # Nobody can read it any more, and `uploads` shall show it.
             with contextlib.suppress(Exception):
@@ -386,12 +405,11 @@ class CinderDriver(Driver):
     # Uploads
 
     def create(self, image_id: str, hints: Hints, /) -> Upload:
-        self._require_free(image_id, "")
         mark = {_MARK: hints.token, _MARK_ID: image_id, **_encode(hints.metadata)}
         gib = max(1, _gib(hints.size or 0))
         volume = self._api.create(gib, f"imagestore-{hints.token}", mark, self._type)
         try:
-            volume = self._api.ready(volume["id"])
+            volume = self._api.ready(volume["id"], volume)
             if volume.get("encrypted") and not self.settings.encrypted:
                 raise Unsupported("volumes of this type are encrypted: see the option encrypted")
         except Exception as error:
@@ -400,7 +418,7 @@ class CinderDriver(Driver):
             except Exception as second:  # noqa: BLE001 - the first error matters more, and the volume has our mark
                 error.add_note(f"the volume {volume['id']} was not deleted: {type(second).__name__}")
             raise
-        upload = self._uploads[volume["id"]] = _Upload(self, image_id, hints, volume)
+        upload = _running[_here(volume["id"])] = _Upload(self, image_id, hints, volume)
         return upload
 
     def _require_free(self, image_id: str, but: str) -> None:
@@ -410,35 +428,76 @@ class CinderDriver(Driver):
 
     def uploads(self) -> Iterator[Leftover]:
         for volume in self._api.volumes():
-            if (token := _mark_of(volume)) is None or not self._is_own(volume):
+            if not self._is_own(volume):
                 continue
-            told = volume["metadata"]
-            moments = [_moment(volume.get("created_at")), _moment(volume.get("updated_at")), _moment(told.get(_BEAT))]
-            yield Leftover(
-                token=token,
-                image_id=told.get(_MARK_ID),
-                bytes=volume["size"] * _GIB,
-                started=moments[0],
-                last_activity=max((each for each in moments if each is not None), default=None),
-                key=(volume["id"],),
-            )
+            if (token := _left_of(volume)) is not None:
+                yield self._left_upload(volume, token)
+            elif _is_image(volume):
+                yield from self._left_readers(volume)
+
+    def _left_upload(self, volume: Volume, token: str) -> Leftover:
+        told = volume["metadata"]
+        moments = [_moment(volume.get("created_at")), _moment(volume.get("updated_at")), _moment(told.get(_BEAT))]
+        upload = _running.get(_here(volume["id"]))
+        return Leftover(
+            token=token,
+            image_id=told.get(_MARK_ID) or told.get(_ID),
+            bytes=volume["size"] * _GIB,
+            started=moments[0],
+            last_activity=max((each for each in moments if each is not None), default=None),
+            alive=True if upload is not None and upload.held else None,
+            key=(volume["id"],),
+        )
+
+    def _left_readers(self, volume: Volume) -> Iterator[Leftover]:
+        """Attachments for reading, each with its own id as the token: of those who read now, and of the dead."""
+        for key, since in volume["metadata"].items():
+            attachment_id = key.removeprefix(READING)
+            if attachment_id != key and _UUID.fullmatch(attachment_id):
+                yield Leftover(
+                    token=attachment_id.replace("-", ""),
+                    image_id=volume["metadata"][_ID],
+                    bytes=0,
+                    last_activity=_moment(since),
+                    alive=True if self._readers.has(attachment_id) else None,
+                    key=(volume["id"], attachment_id),
+                )
 
     def discard(self, leftover: Leftover, /) -> None:
         volume_id = leftover.key[0]
         with contextlib.suppress(NotFound):
-            if _mark_of(self._api.volume(volume_id)) != leftover.token:
-                return
-            self._api.set_metadata(volume_id, {_DISCARDING: "True"})
-            upload = self._uploads.get(volume_id)
-            if upload is not None:
-                # The backend would not delete what this process has open.
+            volume = self._api.volume(volume_id)
+            if len(leftover.key) > 1:
+                self._discard_reader(volume, leftover.key[1])
+            elif _mark_of(volume) == leftover.token:
+                self._discard_upload(volume_id, leftover.token)
+            elif _left_of(volume) == leftover.token:
+                # An image that Cinder is about to delete; what comes back instead is an image again.
+                self._api.settled(volume_id)
+
+    def _discard_reader(self, volume: Volume, attachment_id: str) -> None:
+        if READING + attachment_id in volume["metadata"]:
+            self._api.detach(attachment_id)
+            self._api.unset_metadata(volume["id"], READING + attachment_id)
+
+    def _discard_upload(self, volume_id: str, token: str) -> None:
+        self._api.set_metadata(volume_id, {_DISCARDING: "True"})
+        upload = _running.get(_here(volume_id))
+        if upload is not None:
+            # The backend would not delete what this process has open. Its record in Cinder goes in the next step too.
+            with contextlib.suppress(Exception):
                 upload.let_go("the upload was discarded")
-            # If it is an image by now, what was written above stays in it, and means nothing there.
-            if _mark_of(self._past_commit(volume_id)) == leftover.token:
-                self._remove_upload(volume_id, leftover.token)
+        # If it is an image by now, what was written above stays in it, and means nothing there.
+        if _mark_of(self._past_commit(volume_id)) == token:
+            self._remove_upload(volume_id, token)
+            _running.pop(_here(volume_id), None)
 
     def _past_commit(self, volume_id: str) -> Volume:
-        """The volume; if a commit of it was begun, after that could have ended."""
+        """The volume; if a commit of it was begun, after that could have ended.
+
+        Cinder has no request that only one of two can win. So a last request of a commit that is under way for longer
+        than this, and arrives after all in the moment between the look and the deletion, makes an image that is lost.
+        """
         end = time.monotonic() + _COMMIT_PATIENCE
         while True:
             volume = self._api.volume(volume_id)
@@ -450,7 +509,7 @@ class CinderDriver(Driver):
     def _remove_upload(self, volume_id: str, token: str) -> None:
         """Detach and delete the volume of an upload, unless it is none any more. It may be in any state."""
         with contextlib.suppress(NotFound):
-            volume = self._api.settled(volume_id, ("creating", "extending"))
+            volume = self._api.settled(volume_id, moving=("creating", "extending"))
             if _mark_of(volume) != token:
                 return
             for attachment_id in self._api.attachments(volume_id):
@@ -474,6 +533,7 @@ class _Upload(Upload):
         # A discard may come while a block is written.
         self._lock = threading.Lock()
         self._metadata = _encode(hints.metadata)
+        self._owner = {key: value for key, value in hints.metadata.items() if key == _OWNER and len(value) <= _PIECE}
         self._next_beat = time.monotonic() + _BEAT_EVERY
         self.location = driver._location(self._volume_id)
 
@@ -488,9 +548,22 @@ class _Upload(Upload):
                 self._next_beat = time.monotonic() + _BEAT_EVERY
             self._attached().device.write(block.offset, block.data)
 
+    @property
+    def held(self) -> bool:
+        """Whether it can still become an image."""
+        return not self._let_go
+
     def _require_held(self) -> None:
         if self._let_go:
             raise NotFound(self._let_go)
+
+    def is_of(self, web: Web) -> bool:
+        """Whether it is one of the driver, or of one that was bound, with these connections."""
+        return self._driver._web is web
+
+    def forget(self) -> None:
+        """This process has nothing of it any more."""
+        _running.pop(_here(self._volume_id), None)
 
     def let_go(self, why: str) -> None:
         """Detach the volume; nothing can be written or committed any more."""
@@ -505,8 +578,8 @@ class _Upload(Upload):
             self._attachment = attachment
         return self._attachment
 
-    def _grow(self, end: int) -> None:
-        """Make the volume longer. Every time costs seconds, so it is done in large steps."""
+    def _grow(self, end: int, step: int = _LARGEST_STEP) -> None:
+        """Make the volume longer, by ``step`` GiB at most. Every time costs seconds, so it is done in large steps."""
         online = self._attachment is not None and self._driver.settings.extend_attached
         if not online:
             if self._attachment is not None:
@@ -516,12 +589,14 @@ class _Upload(Upload):
         now = _gib(self._size)
         # A step that was made, and whose answer was lost, is not made again.
         if self._api.volume(self._volume_id)["size"] < _gib(end):
-            self._api.extend(self._volume_id, max(_gib(end), now + min(now, _LARGEST_STEP)))
-        volume = self._api.settled(self._volume_id, ("extending",)) if online else self._api.ready(self._volume_id)
+            self._api.extend(self._volume_id, max(_gib(end), now + min(now, step)))
+        volume = (
+            self._api.settled(self._volume_id, moving=("extending",)) if online else self._api.ready(self._volume_id)
+        )
         if volume["size"] < _gib(end):
             raise Unavailable(f"the volume is {volume['status']} and was not extended", temporary=False)
         if online and self._attachment is not None:
-            self._attachment.grown()
+            self._attachment.grown(volume["size"] * _GIB)
         self._size = volume["size"] * _GIB
 
     def _detach(self) -> None:
@@ -532,7 +607,7 @@ class _Upload(Upload):
     def commit(self, size: int, /) -> None:
         self._store()
         self._publish(size)
-        self._driver._uploads.pop(self._volume_id, None)
+        self.forget()
 
     def _store(self) -> None:
         """Everything written is stored when this returns, and the volume is detached."""
@@ -542,31 +617,71 @@ class _Upload(Upload):
             self._detach()
 
     def _publish(self, size: int) -> None:
-        volume = self._api.volume(self._volume_id)
+        volume = self._api.settled(self._volume_id)
         if _is_image(volume) and volume["metadata"].get(_OF_UPLOAD) == self._token:
             return
         self._require_held()
-        self._require_mine(volume)
+        self._require_mine(volume["metadata"], volume["status"])
+        volume = self._api.ready(self._volume_id, volume)
         if size > volume["size"] * _GIB:
-            raise SizeMismatch(f"the image has {size} bytes, and the volume {volume['size']} GiB")
-        self._driver._require_free(self._image_id, self._volume_id)
-        self._api.ready(self._volume_id)
+            # Zeros at the end, which were not written.
+            self._grow(size, step=0)
         self._api.protect(self._volume_id)
-        self._api.rename(self._volume_id, f"image-{self._image_id}")
-        self._api.set_metadata(self._volume_id, {_COMMITTING: "True"})
-        self._require_mine(self._api.volume(self._volume_id))
-        image = {_ID: self._image_id, _SIZE: str(size), _OF_UPLOAD: self._token, **self._metadata}
-        self._api.replace_metadata(self._volume_id, image)
+        self._take_the_id()
+        image = {_ID: self._image_id, _SIZE: str(size), _OF_UPLOAD: self._token, **self._metadata, **self._owner}
+        self._api.publish(self._volume_id, f"image-{self._image_id}", image)
 
-    def _require_mine(self, volume: Volume) -> None:
-        if _mark_of(volume) != self._token or _DISCARDING in volume["metadata"] or volume["status"] == "deleting":
+    def _take_the_id(self) -> None:
+        """Say that this is about to be the image of its id, and let nobody else have said so.
+
+        Each says so first and looks for others then, so that of two at least one sees the other. If both do, the one
+        with the greater volume id gives way until the other has ended. Who stays longer than a commit takes is dead.
+        """
+        end = time.monotonic() + _COMMIT_PATIENCE
+        while True:
+            self._require_mine(self._api.set_metadata(self._volume_id, {_COMMITTING: "True"}))
+            self._driver._require_free(self._image_id, self._volume_id)
+            rivals = self._rivals()
+            if not rivals or time.monotonic() > end:
+                return
+            if min(rivals) < self._volume_id:
+                self._api.unset_metadata(self._volume_id, _COMMITTING)
+            while rivals and time.monotonic() < end:
+                time.sleep(0.2)
+                rivals = self._rivals()
+
+    def _rivals(self) -> set[str]:
+        """Volumes of other uploads of this id that are being committed."""
+        return {
+            volume["id"]
+            for volume in self._api.volumes(**{_MARK_ID: self._image_id})
+            if volume["id"] != self._volume_id
+            and volume["status"] != "deleting"
+            and _COMMITTING in volume["metadata"]
+            and _mark_of(volume) is not None
+            and self._driver._is_own(volume)
+        }
+
+    def _require_mine(self, told: Mapping[str, str], status: str = "") -> None:
+        if told.get(_MARK) != self._token or _DISCARDING in told or status == "deleting":
             raise NotFound("the upload was discarded")
 
     def abort(self) -> None:
         with self._lock:
+            self._let_go = self._let_go or "the upload was aborted"
             self._detach()
         self._driver._remove_upload(self._volume_id, self._token)
-        self._driver._uploads.pop(self._volume_id, None)
+        self.forget()
+
+
+_running: Final[weakref.WeakValueDictionary[tuple[int, str], _Upload]] = weakref.WeakValueDictionary()
+"""By process and volume, the uploads that may have their volumes open here, of all drivers: a backend deletes no volume
+that is open, so whoever discards one of them has to know. One whose end is in doubt is forgotten with its add."""
+
+
+def _here(volume_id: str) -> tuple[int, str]:
+    """A key of ``_running``. Where a process has forked, what its parent has open is not the child's to close."""
+    return os.getpid(), volume_id
 
 
 def _gib(size: int) -> int:
@@ -576,6 +691,14 @@ def _gib(size: int) -> int:
 def _mark_of(volume: Volume) -> str | None:
     """The token of the upload that a volume belongs to."""
     token = volume["metadata"].get(_MARK)
+    return token if isinstance(token, str) and _TOKEN.fullmatch(token) else None
+
+
+def _left_of(volume: Volume) -> str | None:
+    """The token of the upload, or of the image that Cinder has not deleted yet, that a volume was left by."""
+    token = _mark_of(volume)
+    if token is None and volume["status"] in ("deleting", "error_deleting"):
+        token = volume["metadata"].get(_OF_UPLOAD)
     return token if isinstance(token, str) and _TOKEN.fullmatch(token) else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["glance_store"]
 
 _SIDE = """
-import hashlib, json, sys
+import hashlib, json, sys, types
 import glance_store
 from oslo_config import cfg
 
@@ -25,7 +25,10 @@ told = []
 for job in json.load(sys.stdin):
     if job["verb"] == "add":
         data = open(job["path"], "rb")
-        answer = glance_store.add_with_multihash(conf, job["id"], data, job["size"], "old", "sha256")
+        context = types.SimpleNamespace(project_id=job["project"]) if "project" in job else None
+        answer = glance_store.add_with_multihash(
+            conf, job["id"], data, job["size"], "old", "sha256", context=context
+        )
         told.append({"uri": answer[0], "size": answer[1], "sha256": answer[3]})
     elif job["verb"] == "get":
         digest, count = hashlib.sha256(), 0

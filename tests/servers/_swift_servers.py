@@ -19,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {
+    "servers": "all",  # or keystone, alone
     "log_level": "WARNING",  # with INFO each server writes a line for each request
     "max_file_size": "5368709122",  # the longest object, in bytes
     "max_manifest_segments": "1000",
@@ -171,6 +172,10 @@ class Servers:
         self.settings = dict(SETTINGS)
         self.ports: dict[str, int] = {}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("keystone",) if self.settings["servers"] == "keystone" else NAMES
+
     def load(self) -> None:
         known = json.loads(self.state.read_text())
         self.settings, self.ports = known["settings"], known["ports"]
@@ -187,23 +192,27 @@ class Servers:
             self.settings[key] = value
         for name in ("etc", "srv/disk", "run", "log", "cache"):
             (self.place / name).mkdir(parents=True, exist_ok=True)
-        self.try_xattr()
-        self.ports = free_ports(NAMES)
+        self.ports = free_ports(self.names)
         self.state.write_text(json.dumps({"settings": self.settings, "ports": self.ports}))
         try:
-            self.spawn("cache")
             self.prepare_keystone()
             self.spawn("keystone")
-            self.configure()
-            self.import_swift()
-            self.build_rings()
-            for name in MODULES:
-                self.fork(name)
-            self.wait(NAMES)
+            if "proxy" in self.names:
+                self.start_swift()
+            self.wait(self.names)
             self.write_environment()
         except BaseException:
             self.stop()
             raise
+
+    def start_swift(self) -> None:
+        self.try_xattr()
+        self.spawn("cache")
+        self.configure()
+        self.import_swift()
+        self.build_rings()
+        for name in MODULES:
+            self.fork(name)
 
     def try_xattr(self) -> None:
         probe = self.place / "srv" / ".probe"
@@ -216,9 +225,11 @@ class Servers:
 
     def prepare_keystone(self) -> None:
         with open(self.place / "log" / "keystone.log", "ab") as log:
-            command = ["prepare", self.place, self.ports["keystone"], self.ports["proxy-v3"]]
+            command = ["prepare", self.place, self.ports["keystone"]]
             more = [os.environ["IMAGESTORE_SWIFT_CACHE"], self.settings["keystone_token_life"]]
-            words = [str(word) for word in (HERE / "_swift_keystone.py", *command, *more)]
+            if "proxy-v3" in self.ports:
+                more.append(f"swift={self.ports['proxy-v3']}")
+            words = [str(word) for word in (HERE / "_keystone.py", *command, *more)]
             subprocess.run([sys.executable, *words], stdout=log, stderr=log, check=True, timeout=300)
 
     def configure(self) -> None:
@@ -264,18 +275,22 @@ class Servers:
 
     def write_environment(self) -> None:
         ids = json.loads((self.place / "keystone" / "ids.json").read_text())
-        proxy, keystone = (f"http://127.0.0.1:{self.ports[name]}" for name in ("proxy", "keystone"))
-        values = {
-            "SWIFT_PROXY": proxy,
-            "ST_AUTH": f"{proxy}/auth/v1.0",
-            "ST_USER": "test:tester",
-            "ST_KEY": "testing",
-            "ST_READER_USER": "test:reader",
-            "ST_READER_KEY": "reading",
-            "ST_ACCOUNT": "TEMP_test",
-            "SWIFT_PROXY_V3": f"http://127.0.0.1:{self.ports['proxy-v3']}",
+        values: dict[str, str] = {}
+        if "proxy" in self.ports:
+            proxy = f"http://127.0.0.1:{self.ports['proxy']}"
+            values |= {
+                "SWIFT_PROXY": proxy,
+                "ST_AUTH": f"{proxy}/auth/v1.0",
+                "ST_USER": "test:tester",
+                "ST_KEY": "testing",
+                "ST_READER_USER": "test:reader",
+                "ST_READER_KEY": "reading",
+                "ST_ACCOUNT": "TEMP_test",
+                "SWIFT_PROXY_V3": f"http://127.0.0.1:{self.ports['proxy-v3']}",
+            }
+        values |= {
             "OS_IDENTITY_API_VERSION": "3",
-            "OS_AUTH_URL": f"{keystone}/v3",
+            "OS_AUTH_URL": f"http://127.0.0.1:{self.ports['keystone']}/v3",
             "OS_REGION_NAME": "RegionOne",
             "OS_USER_DOMAIN_ID": "default",
             "OS_PROJECT_DOMAIN_ID": "default",
@@ -298,7 +313,7 @@ class Servers:
         if name == "cache":
             words = ["_swift_cache.py", self.ports[name]]
         elif name == "keystone":
-            words = ["_swift_keystone.py", "serve", self.ports[name]]
+            words = ["_keystone.py", "serve", self.ports[name]]
         else:
             words = ["_swift_servers.py", "become", self.place, name]
         command = [sys.executable, *(str(HERE / word if str(word).startswith("_") else word) for word in words)]
@@ -384,7 +399,7 @@ class Servers:
         return left
 
     def stop(self) -> None:
-        left = [name for name in NAMES if self.pid(name)]
+        left = [name for name in self.names if self.pid(name)]
         for number in (signal.SIGTERM, signal.SIGKILL):
             for name in left:
                 if pid := self.pid(name):
@@ -395,9 +410,9 @@ class Servers:
         self.state.unlink(missing_ok=True)
 
     def status(self) -> int:
-        for name in NAMES:
+        for name in self.names:
             print(f"{name}: port {self.ports[name]}, process {self.pid(name)}")
-        return 0 if all(self.pid(name) for name in NAMES) else 3
+        return 0 if all(self.pid(name) for name in self.names) else 3
 
     def flush(self) -> None:
         with socket.create_connection(("127.0.0.1", self.ports["cache"]), 5) as connection:

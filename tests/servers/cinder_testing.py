@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,35 @@ HERE = Path(__file__).parent
 
 
 @functools.cache
-def running() -> dict[str, str]:
+def running(*options: str) -> dict[str, str]:
     """What Cinder tells of itself; it is started when first asked for, with its Ceph, and stopped at the end.
 
-    ``IMAGESTORE_CINDER_DIR`` names the directory of one that shall stay; its Ceph should stay too
+    ``IMAGESTORE_CINDER_DIR`` names the directory of one without options that shall stay; its Ceph should stay too
     (``IMAGESTORE_RBD_DIR``).
     """
     cluster = _rbd.running()
-    kept = os.environ.get("IMAGESTORE_CINDER_DIR")
+    kept = os.environ.get("IMAGESTORE_CINDER_DIR") if not options else None
     place = kept or tempfile.mkdtemp(prefix="imagestore-cinder-")
-    command = [HERE / "cinder", "start", place, "--ceph", cluster["CEPH_DIR"]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not kept:
         atexit.register(_stop, place)
+    return started("--ceph", cluster["CEPH_DIR"], *options, place=place)
+
+
+def started(*options: str, place: str) -> dict[str, str]:
+    """Start one in a directory, or start it again."""
+    _rbd.bindings()
+    import_quietly()
+    done = subprocess.run([HERE / "cinder", "start", place, *options], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         missing(f"cinder: no such server here: {done.stderr.strip()[-800:]}")
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+def import_quietly() -> None:
+    """Import os-brick now, which brings a library that warns of its own age. After librbd, which it looks for then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import os_brick.initiator.connector  # noqa: F401 - for what it does
 
 
 def _stop(place: str) -> None:
@@ -63,6 +77,7 @@ class Project:
     """One project's volumes, as an administrator sees them through the bare API."""
 
     def __init__(self, url: str, project: str) -> None:
+        self.server, self.id = url, project
         self.url = f"{url}/{project}"
         self.token = f"admin:{project}"
 
@@ -105,3 +120,42 @@ class Project:
 
     def release(self, attachment_id: str) -> None:
         self.ask("DELETE", f"/attachments/{attachment_id}")
+
+    def names(self) -> list[str]:
+        return [f"{each['name']} {each['status']}" for each in self.volumes().values()]
+
+    def reset(self, volume_id: str, status: str) -> None:
+        self.ask("POST", f"/volumes/{volume_id}/action", {"os-reset_status": {"status": status}})
+
+    def force(self, volume_id: str) -> None:
+        """Delete a volume although it is attached."""
+        for each in self.ask("GET", f"/attachments?volume_id={volume_id}")["attachments"]:
+            self.release(each["id"])
+        self.ask("POST", f"/volumes/{volume_id}/action", {"os-force_delete": {}})
+
+    def set_quota(self, **values: int) -> None:
+        self.ask("PUT", f"/os-quota-sets/{self.id}", {"quota_set": values})
+
+    def make_type(self, name: str, *, encrypted: bool = False, **specs: str) -> None:
+        """A volume type, if it is not there yet."""
+        if name in {each["name"] for each in self.ask("GET", "/types")["volume_types"]}:
+            return
+        made = self.ask("POST", "/types", {"volume_type": {"name": name}})["volume_type"]["id"]
+        self.ask("POST", f"/types/{made}/extra_specs", {"extra_specs": specs})
+        if encrypted:
+            how = {"provider": "luks", "cipher": "aes-xts-plain64", "key_size": 256, "control_location": "front-end"}
+            self.ask("POST", f"/types/{made}/encryption", {"encryption": how})
+
+    def snapshot(self, volume_id: str) -> str:
+        made: str = self.ask("POST", "/snapshots", {"snapshot": {"volume_id": volume_id}})["snapshot"]["id"]
+        return made
+
+    def delete_snapshot(self, snapshot_id: str) -> None:
+        end = time.monotonic() + 60
+        deleted = False
+        while there := [each for each in self.ask("GET", "/snapshots")["snapshots"] if each["id"] == snapshot_id]:
+            assert time.monotonic() < end, f"snapshot {snapshot_id} is {there[0]['status']}"
+            if there[0]["status"] == "available" and not deleted:
+                self.ask("DELETE", f"/snapshots/{snapshot_id}")
+                deleted = True
+            time.sleep(0.1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import gc
 import importlib
 import threading
 import uuid
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oslo_config import cfg
 
 from imagestore.config import OLD_OPTIONS
 from imagestore.driver import Block, Hints, Options, Timeouts
@@ -27,10 +31,10 @@ from imagestore.errors import (
     InvalidLocation,
     InvalidOption,
     LimitExceeded,
+    MissingDependency,
     NotFound,
     PermissionDenied,
     RateLimited,
-    SizeMismatch,
     StoreError,
     StoreFull,
     StoreTimeout,
@@ -182,6 +186,8 @@ class Libraries:
             )
         if module == "oslo_privsep.priv_context":
             return SimpleNamespace(init=lambda root_helper: self.asked.append(tuple(root_helper)))
+        if module == "os_brick.privileged":
+            return SimpleNamespace(default=SimpleNamespace(set_client_mode=lambda mode: self.asked.append((mode,))))
         return importlib.import_module(module)
 
     def client(self, version: str, **values: Any) -> Any:
@@ -292,6 +298,7 @@ def brick(**values: Any) -> Brick:
     told = {
         "minimal": True,
         "root_helper": "sudo helper",
+        "lock_path": None,
         "my_ip": "192.0.2.1",
         "multipath": True,
         "enforce_multipath": False,
@@ -307,10 +314,29 @@ def test_minimal_host_needs_no_privilege(libraries: Libraries) -> None:
     assert not libraries.asked
 
 
+def test_lock_files_of_os_brick(libraries: Libraries) -> None:
+    registered = cfg.ConfigOpts()
+    registered.register_opts([cfg.StrOpt("lock_path")], group="os_brick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cinder_attach.cfg, "CONF", registered)
+        brick()
+        assert registered.os_brick.lock_path is None
+        brick(lock_path="/run/locks")
+        assert registered.os_brick.lock_path == "/run/locks"
+        registered.set_override("lock_path", "/of/the/program", "os_brick")
+        brick(lock_path="/run/locks")
+        assert registered.os_brick.lock_path == "/of/the/program"
+
+
 def test_whole_host_is_asked_for_once(libraries: Libraries) -> None:
     made = brick(minimal=False)
     assert made.host() == made.host() == {"initiator": "iqn"}
     assert libraries.asked == [("sudo", "helper"), ("sudo helper", "192.0.2.1", True, False)]
+
+
+def test_process_that_is_root_needs_no_helper(libraries: Libraries) -> None:
+    brick(root_helper="").connector({"driver_volume_type": "nfs"})
+    assert libraries.asked == [(False,)]
 
 
 def test_shares_are_mounted_below_the_base(libraries: Libraries) -> None:
@@ -358,7 +384,13 @@ LIMIT = "Requested volume size 9G is larger than maximum allowed limit 5G."
         (foreign("BadGateway", "keystoneauth1.exceptions.http", http_status=502)(), Unavailable, True),
         (foreign("EmptyCatalog", "keystoneauth1.exceptions.catalog")(), ConfigurationError, False),
         (foreign("BrickException", BRICK, kwargs={"msg": "no keyring"})("unknown"), Unavailable, True),
+        (
+            foreign("InvalidParameterValue", BRICK, message="%(err)s", kwargs={"err": "x"})("rados module required"),
+            MissingDependency,
+            False,
+        ),
         (foreign("FailedToDropPrivileges", "oslo_privsep.daemon")(), PermissionDenied, False),
+        (cfg.RequiredOptError("lock_path"), ConfigurationError, False),
         (foreign("ImageNotFound", "rbd", errno=2)("gone"), Unavailable, True),
         (foreign("OSError", "rbd", errno=-28)("full"), StoreFull, False),
         (OSError(28, "full"), StoreFull, False),
@@ -380,7 +412,10 @@ def test_what_means_nothing() -> None:
 
 
 def test_true_text_of_os_brick() -> None:
-    assert text_of(foreign("BrickException", BRICK, kwargs={"msg": "no\n keyring"})("unknown")) == "no keyring"
+    error = foreign("BrickException", BRICK, message="unknown", kwargs={"msg": "no\n keyring"})
+    assert text_of(error("unknown")) == "no keyring"
+    assert text_of(foreign("BrickException", BRICK, message="%(x)s", kwargs={})("filled in")) == "filled in"
+    assert text_of(foreign("BadRequest", CINDER, message="said")("said (HTTP 400)")) == "said"
 
 
 # Metadata
@@ -436,8 +471,8 @@ class Handle:
         self.position = 0
         self.flushed = False
 
-    def seek(self, offset: int) -> None:
-        self.position = offset
+    def seek(self, offset: int, whence: int = 0) -> None:
+        self.position = offset + (len(self.data) if whence == 2 else 0)
 
     def read(self, length: int) -> bytes:
         data = bytes(self.data[self.position : self.position + length])
@@ -452,6 +487,9 @@ class Handle:
     def flush(self) -> None:
         self.flushed = True
 
+    def tell(self) -> int:
+        return self.position
+
 
 def test_handle() -> None:
     handle = Handle(bytearray(b"0123456789"))
@@ -460,33 +498,27 @@ def test_handle() -> None:
     assert device.read(3, 4) == b"3xy6"
     device.flush()
     assert handle.flushed
+    assert device.size() == 10
     assert list(device.areas(2, 5)) == [(2, 5)]
     asked: list[tuple[int, int]] = []
 
-    def diff(offset: int, length: int, snapshot: None, note: Any) -> None:
+    def diff(offset: int, length: int, snapshot: None, note: Any, include_parent: bool, whole_object: bool) -> None:
+        assert include_parent
         asked.append((offset, length))
-        note(3, 1, True)
-        note(4, 1, False)
+        # Objects are larger than what was asked for.
+        note(3, 4, True)
+        note(0, 3, False)
 
     handle.rbd_image = SimpleNamespace(diff_iterate=diff)  # type: ignore[attr-defined]
-    assert list(device.areas(2, 5)) == [(3, 4)]
+    assert list(device.areas(2, 5)) == [(3, 5)]
     assert asked == [(2, 3)]
 
 
 # A scripted Cinder
 
 
-class Thing:
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
-        self._values = values
-
-    def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self._values)
-
-
 class Cinder:
-    """What the driver needs of a cinderclient, over volumes in memory. Small: sizes in it are of a few bytes.
+    """The connection of a cinderclient, to volumes in memory. Small: sizes in it are of a few bytes.
 
     ``log`` has every request. ``script`` is called before each with its name and may change anything, or raise.
     """
@@ -499,26 +531,77 @@ class Cinder:
         self.script: Any = lambda name: None
         self.after_delete = "gone"
         self.encrypted = False
+        self.multiattach = False
         self.information: dict[str, Any] = {}
-        self.disconnects: list[dict[str, Any]] = []
-        self.volumes = SimpleNamespace(
-            get=self.get,
-            list=self.list,
-            create=self.create,
-            update=self.update,
-            update_readonly_flag=self.protect,
-            set_metadata=self.set_metadata,
-            update_all_metadata=self.replace_metadata,
-            extend=self.extend,
-            delete=self.delete,
-        )
-        self.attachments = SimpleNamespace(
-            create=self.reserve,
-            update=self.export,
-            complete=self.complete,
-            delete=self.detach,
-            list=self.list_attachments,
-        )
+        self.page = 1000
+        self.quota = -1
+        self.client = self
+
+    # Requests
+
+    def get(self, path: str) -> Any:
+        url = urlsplit(path)
+        asked = dict(parse_qsl(url.query))
+        match url.path.split("/")[1:]:
+            case ["volumes", "detail"]:
+                return None, self.list(ast.literal_eval(asked.get("metadata", "{}")), asked.get("marker"))
+            case ["volumes", volume_id]:
+                return None, {"volume": copy.deepcopy(self.row("get", volume_id))}
+            case ["attachments"]:
+                return None, {"attachments": self.list_attachments(asked["volume_id"])}
+            case ["limits"]:
+                used = sum(row["size"] for row in self.rows.values())
+                absolute = {"totalGigabytesUsed": used, "maxTotalVolumeGigabytes": self.quota}
+                return None, {"limits": {"rate": [], "absolute": absolute}}
+        raise AssertionError(path)
+
+    def post(self, path: str, *, body: dict[str, Any]) -> Any:
+        match path.split("/")[1:]:
+            case ["volumes"]:
+                return None, {"volume": self.create(**body["volume"])}
+            case ["volumes", volume_id, "metadata"]:
+                return None, {"metadata": self.set_metadata(volume_id, body["metadata"])}
+            case ["volumes", volume_id, "action"]:
+                ((action, told),) = body.items()
+                if action == "os-extend":
+                    self.extend(volume_id, told["new_size"])
+                else:
+                    assert action == "os-update_readonly_flag"
+                    self.protect(volume_id, told["readonly"])
+                return None, None
+            case ["attachments"]:
+                assert set(body["attachment"]) == {"volume_uuid", "mode"}
+                return None, {"attachment": self.reserve(body["attachment"]["volume_uuid"])}
+            case ["attachments", attachment_id, "action"]:
+                assert list(body) == ["os-complete"]
+                self.complete(attachment_id)
+                return None, None
+        raise AssertionError(path)
+
+    def put(self, path: str, *, body: dict[str, Any]) -> Any:
+        match path.split("/")[1:]:
+            case ["volumes", volume_id]:
+                self.publish(volume_id, **body["volume"])
+                return None, None
+            case ["attachments", attachment_id]:
+                assert list(body["attachment"]) == ["connector"]
+                return None, {"attachment": self.export(attachment_id)}
+        raise AssertionError(path)
+
+    def delete(self, path: str) -> Any:
+        match path.split("/")[1:]:
+            case ["volumes", volume_id]:
+                self.remove(volume_id)
+            case ["volumes", volume_id, "metadata", key]:
+                if self.row("unset_metadata", volume_id)["metadata"].pop(key, None) is None:
+                    raise MISSING("no such metadata")
+            case ["attachments", attachment_id]:
+                self.detach(attachment_id)
+            case _:
+                raise AssertionError(path)
+        return None, None
+
+    # What they do
 
     def row(self, name: str, volume_id: str) -> dict[str, Any]:
         self.log.append(name)
@@ -527,23 +610,32 @@ class Cinder:
             raise MISSING("no such volume")
         return self.rows[volume_id]
 
-    def get(self, volume_id: str) -> Thing:
-        return Thing(self.row("get", volume_id))
-
-    def list(self, detailed: bool, search_opts: Any = None) -> list[Thing]:
+    def list(self, metadata: dict[str, str], marker: str | None) -> Any:
         self.log.append("list")
         self.script("list")
-        return [Thing(row) for row in list(self.rows.values())]
+        if marker is not None and marker not in self.rows:
+            raise MISSING("no such marker")
+        # As the server does: without case.
+        rows = [
+            row
+            for row in self.rows.values()
+            if all(row["metadata"].get(key, "").lower() == value.lower() for key, value in metadata.items())
+        ]
+        start = [row["id"] for row in rows].index(marker) + 1 if marker is not None else 0
+        told: dict[str, Any] = {"volumes": copy.deepcopy(rows[start : start + self.page])}
+        if start + self.page < len(rows):
+            told["volumes_links"] = [{"rel": "next", "href": "http://elsewhere"}]
+        return told
 
-    def create(self, gib: int, *, name: str, metadata: dict[str, str], volume_type: str | None) -> Thing:
+    def create(self, size: int, name: str, metadata: dict[str, str], volume_type: str = "standard") -> dict[str, Any]:
         self.log.append("create")
         self.script("create")
         assert all(type(value) is str for value in metadata.values())
         made = str(uuid.uuid4())
-        self.put(made, name=name, size=gib, metadata=dict(metadata), volume_type=volume_type or "standard")
-        return Thing(self.rows[made])
+        self.have(made, name=name, size=size, metadata=dict(metadata), volume_type=volume_type)
+        return {**copy.deepcopy(self.rows[made]), "status": "creating"}
 
-    def put(self, volume_id: str, **values: Any) -> None:
+    def have(self, volume_id: str, **values: Any) -> None:
         self.rows[volume_id] = {
             "id": volume_id,
             "name": "",
@@ -558,27 +650,26 @@ class Cinder:
         }
         self.bytes[volume_id] = bytearray(100)
 
-    def update(self, volume_id: str, *, name: str) -> None:
-        self.row("rename", volume_id)["name"] = name
-
     def protect(self, volume_id: str, flag: bool) -> None:
         row = self.row("protect", volume_id)
         if row["status"] != "available":
             raise BADREQUEST("must be available")
         row["readonly"] = flag
 
-    def set_metadata(self, volume_id: str, metadata: dict[str, str]) -> None:
-        self.row("set_metadata", volume_id)["metadata"].update(metadata)
+    def set_metadata(self, volume_id: str, metadata: dict[str, str]) -> dict[str, str]:
+        told: dict[str, str] = self.row("set_metadata", volume_id)["metadata"]
+        told.update(metadata)
+        return dict(told)
 
-    def replace_metadata(self, volume_id: str, metadata: dict[str, str]) -> None:
-        self.row("replace_metadata", volume_id)["metadata"] = dict(metadata)
+    def publish(self, volume_id: str, *, name: str, metadata: dict[str, str]) -> None:
+        self.row("publish", volume_id).update(name=name, metadata=dict(metadata))
 
     def extend(self, volume_id: str, gib: int) -> None:
         row = self.row("extend", volume_id)
         row["size"] = gib
         self.bytes[volume_id].extend(bytes(1000))
 
-    def delete(self, volume_id: str) -> None:
+    def remove(self, volume_id: str) -> None:
         row = self.row("delete", volume_id)
         if row["status"] not in ("available", "error", "error_extending"):
             raise BADREQUEST("must be available")
@@ -587,22 +678,22 @@ class Cinder:
         else:
             row["status"] = self.after_delete
 
-    def reserve(self, volume_id: str, connector: None, *, mode: str) -> dict[str, Any]:
+    def reserve(self, volume_id: str) -> dict[str, Any]:
         row = self.row("reserve", volume_id)
-        if row["status"] != "available":
+        if row["status"] != "available" and not (self.multiattach and row["status"] == "in-use"):
             raise BADREQUEST("must be available")
         row["status"] = "reserved"
         made = str(uuid.uuid4())
         self.attached[made] = volume_id
         return {"id": made}
 
-    def export(self, attachment_id: str, connector: dict[str, Any]) -> Thing:
+    def export(self, attachment_id: str) -> dict[str, Any]:
         self.log.append("export")
         self.script("export")
         volume_id = self.attached[attachment_id]
         self.rows[volume_id]["status"] = "attaching"
         information = {"driver_volume_type": "rbd", "volume": volume_id, "access_mode": "rw", **self.information}
-        return Thing({"id": attachment_id, "connection_info": information})
+        return {"id": attachment_id, "connection_info": information}
 
     def complete(self, attachment_id: str) -> None:
         self.log.append("complete")
@@ -615,12 +706,11 @@ class Cinder:
         if attachment_id not in self.attached:
             raise MISSING("no such attachment")
         row = self.rows[self.attached.pop(attachment_id)]
-        row["status"] = "available"
+        row["status"] = "in-use" if row["id"] in self.attached.values() else "available"
 
-    def list_attachments(self, *, detailed: bool, search_opts: dict[str, str]) -> list[Any]:
+    def list_attachments(self, wanted: str) -> Any:
         self.log.append("attachments")
-        wanted = search_opts["volume_id"]
-        return [SimpleNamespace(id=key, volume_id=volume) for key, volume in self.attached.items() if volume == wanted]
+        return [{"id": key, "volume_id": volume} for key, volume in self.attached.items() if volume == wanted]
 
     # os-brick
 
@@ -653,7 +743,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Cinder:
 
 def over(server: Cinder, **values: Any) -> CinderDriver:
     driver = make(**values)
-    driver._uploads = {}
     server.encrypted_allowed = values.get("encrypted", False)  # type: ignore[attr-defined]
     driver._brick = SimpleNamespace(  # type: ignore[assignment]
         host=server.host, connector=server.connector, encrypted=values.get("encrypted", False)
@@ -684,7 +773,7 @@ def read(driver: CinderDriver, location: Any, start: int = 0, stop: int | None =
 
 def test_add_and_read(server: Cinder) -> None:
     driver = over(server)
-    upload = driver.create("image", hints(kind="raw"))
+    upload = driver.create("image", hints(kind="raw", image_owner="p"))
     row = next(iter(server.rows.values()))
     assert row["metadata"]["imagestore_upload"] == TOKEN
     assert "image" not in row["name"].replace("imagestore", "")
@@ -695,11 +784,11 @@ def test_add_and_read(server: Cinder) -> None:
     upload.commit(10)
     assert not server.attached
     assert row["readonly"]
-    assert {"glance_image_id": "image", "image_size": "10"}.items() <= row["metadata"].items()
+    assert {"glance_image_id": "image", "image_size": "10", "image_owner": "p"}.items() <= row["metadata"].items()
     assert not [key for key in row["metadata"] if key.startswith("imagestore_upload")]
     assert driver.locate("image") == upload.location
     stat = driver.stat(upload.location)
-    assert (stat.size, stat.token, stat.metadata) == (10, TOKEN, {"kind": "raw"})
+    assert (stat.size, stat.token, stat.metadata) == (10, TOKEN, {"kind": "raw", "image_owner": "p"})
     assert read(driver, upload.location) == b"0123456789"
     assert read(driver, upload.location, 3, 5) == b"34"
     assert [image.image_id for image in driver.list()] == ["image"]
@@ -717,9 +806,9 @@ def test_commit_detaches_before_it_publishes(server: Cinder) -> None:
     upload.write(Block(index=0, offset=0, data=b"0123456789", last=True))
     server.log.clear()
     upload.commit(10)
-    order = ["disconnect", "detach", "protect", "rename", "set_metadata", "replace_metadata"]
+    order = ["disconnect", "detach", "protect", "set_metadata", "publish"]
     assert [name for name in server.log if name in order] == order
-    assert server.log[-1] == "replace_metadata"
+    assert server.log[-1] == "publish"
 
 
 def test_requests_of_a_read(server: Cinder) -> None:
@@ -727,7 +816,9 @@ def test_requests_of_a_read(server: Cinder) -> None:
     location = store(driver)
     server.log.clear()
     read(driver, location)
-    assert server.log == ["get", "reserve", "export", "connect", "complete", "disconnect", "detach"]
+    reading = ["reserve", "set_metadata", "export", "connect", "complete", "disconnect", "detach", "unset_metadata"]
+    assert server.log == ["get", *reading]
+    assert not [key for key in server.rows[location.key[0]]["metadata"] if "reading" in key]
 
 
 def test_commit_whose_answer_was_lost(server: Cinder) -> None:
@@ -740,7 +831,7 @@ def test_commit_whose_answer_was_lost(server: Cinder) -> None:
     assert driver.locate("image") == upload.location
 
 
-@pytest.mark.parametrize("step", ["disconnect", "detach", "protect", "rename", "set_metadata", "replace_metadata"])
+@pytest.mark.parametrize("step", ["disconnect", "detach", "protect", "set_metadata", "publish"])
 def test_commit_goes_on_where_it_stopped(server: Cinder, step: str) -> None:
     driver = over(server)
     upload = driver.create("image", hints())
@@ -760,10 +851,23 @@ def test_commit_goes_on_where_it_stopped(server: Cinder, step: str) -> None:
     assert read(driver, upload.location) == b"0123456789"
 
 
-def test_commit_of_what_does_not_fit(server: Cinder) -> None:
-    upload = over(server).create("image", hints())
-    with pytest.raises(SizeMismatch):
-        upload.commit(2 * GIB)
+def test_zeros_at_the_end_are_part_of_the_image(server: Cinder) -> None:
+    driver = over(server, sparse=True)
+    upload = driver.create("image", hints(size=None))
+    upload.commit(4 * GIB + 1)
+    assert driver.stat(upload.location).size == 4 * GIB + 1
+    assert server.rows[upload.location.key[0]]["size"] == 5, "more than it needs"
+    assert "reserve" not in server.log
+
+
+def test_upload_that_nobody_holds_any_more_is_not_alive(server: Cinder) -> None:
+    """As after a commit in doubt, which is not taken back."""
+    driver = over(server)
+    upload = driver.create("image", hints())
+    assert [left.alive for left in driver.uploads()] == [True]
+    del upload
+    gc.collect()
+    assert [left.alive for left in driver.uploads()] == [None]
 
 
 def test_taken_id(server: Cinder) -> None:
@@ -771,12 +875,64 @@ def test_taken_id(server: Cinder) -> None:
     late = driver.create("image", hints(OTHER))
     location = store(driver)
     with pytest.raises(AlreadyExists):
-        driver.create("image", hints(OTHER))
-    with pytest.raises(AlreadyExists):
         late.commit(0)
     late.abort()
     assert driver.locate("image") == location
     assert len(server.rows) == 1
+
+
+FIRST, LAST = "00000000-0000-4000-8000-000000000000", "ffffffff-ffff-4fff-bfff-ffffffffffff"
+
+
+@pytest.mark.parametrize("rival", [FIRST, LAST])
+@pytest.mark.parametrize("end", ["image", "gone", "dead"])
+def test_adders_that_commit_at_once(server: Cinder, rival: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = over(server)
+    upload = driver.create("image", hints())
+    own = server.rows[upload.location.key[0]]["metadata"]
+    told = {"imagestore_upload": OTHER, "imagestore_image": "image", "imagestore_committing": "True"}
+    server.have(rival, metadata=told)
+    seen: list[bool] = []
+
+    def pass_time(name: str) -> None:
+        if name != "sleep" or end == "dead":
+            return
+        seen.append("imagestore_committing" in own)
+        if len(seen) == 3 and end == "image":
+            server.rows[rival]["metadata"] = {"glance_image_id": "image", "image_size": "1"}
+        elif len(seen) == 3:
+            del server.rows[rival]
+
+    server.script = pass_time
+    if end == "dead":
+        monkeypatch.setattr(cinder, "_COMMIT_PATIENCE", 0)
+    if end == "image":
+        with pytest.raises(AlreadyExists):
+            upload.commit(0)
+        upload.abort()
+        assert list(server.rows) == [rival]
+    else:
+        upload.commit(0)
+        assert driver.locate("image") == upload.location
+    # Who gives way does not say that it commits, or the other would wait for it.
+    assert seen[:3] == ([] if end == "dead" else [rival == LAST] * 3)
+
+
+def test_others_do_not_hold_a_commit_up(server: Cinder) -> None:
+    """Uploads of the id that are not being committed, and commits of other ids and other stores."""
+    driver = over(server, volume_type="fast")
+    mark = {"imagestore_upload": OTHER, "imagestore_image": "image"}
+    for name, metadata, kind in (
+        ("a", mark, "fast"),
+        ("b", {**mark, "imagestore_image": "Image", "imagestore_committing": "True"}, "fast"),
+        ("c", {**mark, "imagestore_committing": "True"}, "cheap"),
+        ("d", {**mark, "imagestore_upload": "no token", "imagestore_committing": "True"}, "fast"),
+    ):
+        server.have(name, metadata=metadata, volume_type=kind)
+    upload = driver.create("image", hints())
+    server.script = lambda name: pytest.fail("it waits") if name == "sleep" else None
+    upload.commit(0)
+    assert driver.locate("image") == upload.location
 
 
 def test_discard_before_and_after_commit(server: Cinder) -> None:
@@ -784,7 +940,10 @@ def test_discard_before_and_after_commit(server: Cinder) -> None:
     upload = driver.create("image", hints())
     upload.write(Block(index=0, offset=0, data=b"0123456789", last=True))
     (left,) = driver.uploads()
-    assert (left.token, left.image_id, left.alive) == (TOKEN, "image", None)
+    assert (left.token, left.image_id, left.alive) == (TOKEN, "image", True)
+    cinder._running.clear()
+    assert [left.alive for left in over(server).uploads()] == [None], "another process knows nothing of it"
+    cinder._running[cinder._here(left.key[0])] = upload  # type: ignore[assignment]
     driver.discard(left)
     assert not server.rows
     assert not server.attached
@@ -820,12 +979,12 @@ def test_commit_gives_way_to_a_discard_that_was_first(server: Cinder) -> None:
     assert not server.rows
 
 
-@pytest.mark.parametrize("moment", ["protect", "rename", "set_metadata", "replace_metadata"])
+@pytest.mark.parametrize("moment", ["protect", "set_metadata", "publish"])
 def test_discard_within_a_commit(server: Cinder, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the two wins wholly, at whichever request of the commit the discard comes."""
     driver, other = over(server), over(server)
-    monkeypatch.setattr(cinder.time, "sleep", lambda seconds: resume.set() or done.wait(5))
     upload = driver.create("image", hints())
+    monkeypatch.setattr(cinder.time, "sleep", lambda seconds: resume.set() or done.wait(5))
     (left,) = driver.uploads()
     resume, done = threading.Event(), threading.Event()
     errors: list[Exception] = []
@@ -879,7 +1038,9 @@ def test_image_of_unknown_size_grows(server: Cinder) -> None:
     assert server.bytes[volume_id][:16] == b"0123456789abcdef"
 
 
-def test_image_grows_while_attached(server: Cinder) -> None:
+def test_image_grows_while_attached(server: Cinder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [0, 2 * GIB - 1, 2 * GIB]
+    monkeypatch.setattr(HandleDevice, "size", lambda device: sizes.pop(0))
     driver = over(server, extend_attached=True)
     upload = driver.create("image", hints(size=None))
     upload.write(Block(index=0, offset=0, data=b"0123456789"))
@@ -888,6 +1049,7 @@ def test_image_grows_while_attached(server: Cinder) -> None:
     server.rows[upload.location.key[0]]["size"] = 0
     upload.write(Block(index=1, offset=10, data=b"abc", last=True))
     assert [name for name in server.log if name != "get"] == ["extend", "rescan"]
+    assert not sizes, "it was written to before this host saw it grow"
 
 
 def test_no_room(server: Cinder) -> None:
@@ -1038,15 +1200,199 @@ def test_reader_that_is_closed_or_dropped(server: Cinder) -> None:
     assert not server.attached
 
 
+def test_detach_that_fails_does_not_fail_the_read(server: Cinder) -> None:
+    """It is made up for with the next one, or when the store is closed."""
+    driver = over(server)
+    location, other = store(driver), store(driver, "other", OTHER)
+
+    def away(name: str) -> None:
+        if name == "detach":
+            raise foreign("ConnectFailure", KEYSTONE, CONNECTION)("refused")
+
+    server.script = away
+    assert read(driver, location) == b"0123456789"
+    assert len(server.attached) == 1
+    assert [left.image_id for left in driver.uploads()] == ["image"]
+    server.script = lambda name: None
+    assert read(driver, other) == b"0123456789"
+    assert not server.attached
+    assert not list(driver.uploads())
+    server.script = away
+    assert read(driver, location) == b"0123456789"
+    driver.close()
+    server.script = lambda name: None
+    driver.close()
+    assert not server.attached
+
+
+def test_detach_that_is_refused_is_told(server: Cinder) -> None:
+    driver = over(server)
+    location = store(driver)
+
+    def forbid(name: str) -> None:
+        if name == "detach":
+            raise foreign("Forbidden", CINDER, code=403)("not allowed")
+
+    server.script = forbid
+    with pytest.raises(PermissionDenied):
+        read(driver, location)
+
+
 def test_device_that_ends_early(server: Cinder) -> None:
     driver = over(server)
     location = store(driver)
+    whole = server.bytes[location.key[0]]
     server.bytes[location.key[0]] = bytearray(b"012")
+    with pytest.raises(Unavailable, match="ends at byte 3"):
+        driver.read(location, 0, None)
+    assert not server.attached
+    server.bytes[location.key[0]] = whole
     reading = driver.read(location, 0, None)
-    assert next(reading.chunks) == b"012"
-    with pytest.raises(Unavailable):
+    reading.chunks._at = 3  # type: ignore[attr-defined]
+    del whole[3:]
+    with pytest.raises(Unavailable, match="ends at byte 3"):
         next(reading.chunks)
     assert not server.attached
+
+
+def test_holes_are_not_read(server: Cinder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cinder_attach, "_CHUNK", 4)
+    monkeypatch.setattr(_cinder_attach, "_WINDOW", 16)
+    monkeypatch.setattr(_cinder_attach, "_ZEROS", bytes(4))
+    areas = [(9, 10), (12, 14), (40, 50), (90, 100)]
+    asked: list[tuple[int, int]] = []
+
+    def known(device: HandleDevice, start: int, stop: int) -> Any:
+        asked.append((start, stop))
+        return iter([(max(start, one), min(stop, end)) for one, end in areas if one < stop and end > start])
+
+    monkeypatch.setattr(HandleDevice, "areas", known)
+    driver = over(server)
+    data = bytes(number + 1 if any(one <= number < end for one, end in areas) else 0 for number in range(100))
+    location = store(driver, data=data)
+    reads: list[tuple[int, int]] = []
+    real = HandleDevice.read
+    monkeypatch.setattr(
+        HandleDevice, "read", lambda device, at, length: reads.append((at, length)) or real(device, at, length)
+    )
+    for start, stop in ((0, 100), (10, 13), (0, 9), (45, 91)):
+        assert read(driver, location, start, stop) == data[start:stop]
+    assert all(length <= 4 for _, length in reads)
+    assert all(any(at < end and at + length > one for one, end in areas) for at, length in reads), "a hole was read"
+    assert all(stop - start <= 16 for start, stop in asked)
+
+
+def test_pieces_that_follow_each_other_share_an_attachment(server: Cinder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download reads so, and may be between two pieces for a moment."""
+    monkeypatch.setattr(_cinder_attach, "_LINGER", 5)
+    driver = over(server)
+    location = store(driver)
+    server.log.clear()
+    first = driver.read(location, 0, 5)
+    assert next(first.chunks) == b"01234"
+    ended: list[object] = []
+    thread = threading.Thread(target=lambda: ended.append(next(first.chunks, None)))
+    thread.start()
+    second = driver.read(location, 5, 9)
+    thread.join(4)
+    assert ended == [None], "the first piece waits although there is a second one"
+    assert next(second.chunks) == b"5678"
+    second.close()
+    assert server.log.count("reserve") == server.log.count("detach") == 1
+    assert not server.attached
+
+
+def test_reader_that_was_killed(server: Cinder) -> None:
+    """Its attachment keeps the image from being deleted, and is listed as what it is."""
+    dead, driver = over(server), over(server)
+    location = store(driver)
+    reading = dead.read(location, 0, None)
+    assert [left.alive for left in dead.uploads()] == [True]
+    (left,) = driver.uploads()
+    attachment_id = next(iter(server.attached))
+    assert (left.image_id, left.bytes, left.alive) == ("image", 0, None)
+    assert left.token == attachment_id.replace("-", "")
+    assert left.last_activity is not None
+    with pytest.raises(InUse):
+        driver.delete(location)
+    assert driver.stat(location).size == 10
+    driver.discard(left)
+    assert not server.attached
+    assert not list(driver.uploads())
+    driver.discard(left)
+    reading.close()
+    driver.delete(location)
+    assert not server.rows
+
+
+def test_long_read_says_that_it_lives(server: Cinder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cinder_attach, "_CHUNK", 5)
+    driver = over(server)
+    reading = driver.read(store(driver), 0, None)
+    (before,) = driver.uploads()
+    monkeypatch.setattr(_cinder_attach, "_BEAT_EVERY", 0)
+    reading.chunks._attachment._next_beat = 0  # type: ignore[attr-defined]
+    next(reading.chunks)
+    (after,) = driver.uploads()
+    reading.chunks._attachment._next_beat = 0  # type: ignore[attr-defined]
+
+    def away(name: str) -> None:
+        if name == "set_metadata":
+            raise foreign("ConnectFailure", KEYSTONE, CONNECTION)("refused")
+
+    server.script = away
+    assert next(reading.chunks) == b"56789", "it can be read without Cinder"
+    assert list(reading.chunks) == list(reading.chunks) == []
+    assert before.last_activity is not None
+    assert after.last_activity is not None
+    assert after.last_activity > before.last_activity
+    reading.close()
+    assert not list(driver.uploads())
+
+
+def test_who_may_not_leave_a_mark_can_read(server: Cinder) -> None:
+    driver = over(server)
+    location = store(driver)
+
+    def forbid(name: str) -> None:
+        if name == "set_metadata":
+            raise foreign("Forbidden", CINDER, code=403)("not allowed")
+
+    server.script = forbid
+    assert read(driver, location) == b"0123456789"
+    assert not server.attached
+
+
+def test_lists_come_in_pages(server: Cinder) -> None:
+    driver = over(server)
+    server.page = 2
+    for number in range(5):
+        server.have(f"v{number}", metadata={"glance_image_id": f"i{number}"})
+    assert sorted(image.image_id for image in driver.list()) == [f"i{number}" for number in range(5)]
+    server.have("other", metadata={"glance_image_id": "I3"})
+    found = driver.locate("i3")
+    assert found is not None
+    assert found.key == ("v3",)
+    failures = [2]
+
+    def vanish(name: str) -> None:
+        if server.log.count("list") == failures[0]:
+            server.rows.pop("v1", None)
+
+    server.log.clear()
+    server.script = vanish
+    with pytest.raises(Unavailable):
+        list(driver.list())
+
+
+@pytest.mark.parametrize(("quota", "told"), [(-1, (None, None)), (5, (5, 4)), (0, (1, 0))])
+def test_usage_is_the_quota(server: Cinder, quota: int, told: tuple[int | None, int | None]) -> None:
+    driver = over(server)
+    store(driver)
+    server.quota = quota
+    usage = driver.usage()
+    assert usage.used == GIB
+    assert (usage.total, usage.free) == tuple(None if each is None else each * GIB for each in told)
 
 
 def test_volume_that_others_have(server: Cinder) -> None:
@@ -1109,9 +1455,9 @@ def test_delete_that_cinder_can_not_end(server: Cinder) -> None:
 
 def test_volumes_of_others_are_not_touched(server: Cinder) -> None:
     driver = over(server)
-    server.put("database", name="image-x", metadata={"owner": "them"})
-    server.put("wrong", metadata={"imagestore_upload": "not a token"})
-    server.put("of-an-image", metadata={"image_id": "x", "image_size": "7"})
+    server.have("database", name="image-x", metadata={"owner": "them"})
+    server.have("wrong", metadata={"imagestore_upload": "not a token"})
+    server.have("of-an-image", metadata={"image_id": "x", "image_size": "7"})
     before = copy.deepcopy(server.rows)
     assert not list(driver.list())
     assert not list(driver.uploads())
@@ -1126,8 +1472,8 @@ def test_volumes_of_others_are_not_touched(server: Cinder) -> None:
 
 def test_images_of_glance(server: Cinder) -> None:
     driver = over(server)
-    server.put("a", metadata={"glance_image_id": "one", "image_size": "7", "image_owner": "p"})
-    server.put("b", metadata={"glance_image_id": "two"}, size=2)
+    server.have("a", metadata={"glance_image_id": "one", "image_size": "7", "image_owner": "p"})
+    server.have("b", metadata={"glance_image_id": "two"}, size=2)
     assert {image.image_id: image.size for image in driver.list()} == {"one": 7, "two": 2 * GIB}
     found = driver.locate("one")
     assert found is not None
