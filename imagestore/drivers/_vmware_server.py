@@ -14,7 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
@@ -220,6 +220,8 @@ class _Login:
     stub: Any
     instance: Any
     content: Any
+    # Not for longer: a server that was set up anew, or is a simulator, may have other names for its objects.
+    stores: dict[tuple[str, str], _Known] = field(default_factory=dict)
 
     @property
     def cookie(self) -> str:
@@ -277,7 +279,6 @@ class Server:
         self._login: _Login | None = None
         self._idle_lock = threading.Lock()
         self._idle: list[tuple[float, _Wire]] = []
-        self._stores: dict[tuple[str, str], _Known] = {}
         self._closed = False
 
     # The session
@@ -364,22 +365,24 @@ class Server:
             pause = min(2 * pause, self._interval)
 
     def move(self, source: Place, target: Place) -> None:
-        datacenter = self.known(source).datacenter
-        self.task(
-            lambda login: login.content.fileManager.MoveDatastoreFile_Task(
-                source.path, datacenter, target.path, datacenter, False
-            )
-        )
+        def start(login: _Login) -> Any:
+            datacenter = self.known(source).datacenter
+            manager = login.content.fileManager
+            return manager.MoveDatastoreFile_Task(source.path, datacenter, target.path, datacenter, False)
+
+        self.task(start)
 
     def delete(self, place: Place) -> None:
         assert place.name
-        datacenter = self.known(place).datacenter
-        self.task(lambda login: login.content.fileManager.DeleteDatastoreFile_Task(place.path, datacenter))
+        self.task(
+            lambda login: login.content.fileManager.DeleteDatastoreFile_Task(place.path, self.known(place).datacenter)
+        )
 
     def make_directory(self, place: Place) -> None:
-        datacenter = self.known(place).datacenter
         with contextlib.suppress(self.vim.fault.FileAlreadyExists):
-            self.call(lambda login: login.content.fileManager.MakeDirectory(place.path, datacenter, True))
+            self.call(
+                lambda login: login.content.fileManager.MakeDirectory(place.path, self.known(place).datacenter, True)
+            )
 
     def search(self, directory: Place, pattern: str) -> Sequence[File]:
         """The files, but not the directories, that match; none where there is no such directory."""
@@ -411,9 +414,10 @@ class Server:
 
     def known(self, place: Place) -> _Known:
         key = (place.datacenter, place.datastore)
-        if key not in self._stores:
-            self._stores[key] = self._find(*key)
-        return self._stores[key]
+        stores = self.session().stores
+        if key not in stores:
+            stores[key] = self._find(*key)
+        return stores[key]
 
     def _find(self, datacenter: str, datastore: str) -> _Known:
         collected, vim = self._collected, self.vim
@@ -430,13 +434,12 @@ class Server:
 
     def room(self, place: Place, *, fresh: bool = False) -> Room:
         """Free and total space; ``fresh``: as it is now, and not when the server looked last."""
-        datastore = self.known(place).datastore
         if fresh:
             # Not every server does it, and every user may not.
             with contextlib.suppress(self._method_fault, ExpatError):
-                self.call(lambda login: login.at(datastore).RefreshDatastore())
+                self.call(lambda login: login.at(self.known(place).datastore).RefreshDatastore())
         names = [f"summary.{name}" for name in ("freeSpace", "capacity", "accessible", "maintenanceMode")]
-        told = self._properties(self._spec(datastore, self.vim.Datastore, *names))[0]
+        told = self._properties(self._spec(self.known(place).datastore, self.vim.Datastore, *names))[0]
         free, total, accessible, maintenance = (told.get(name) for name in names)
         return Room(free=free or 0, total=total or 0, usable=bool(accessible) and maintenance in (None, "normal"))
 
