@@ -1,4 +1,4 @@
-"""The Cinder driver behind a real Keystone, as a plain member of a project: some of the kit, and logins that end."""
+"""The Cinder driver behind a real Keystone, as a plain member of a project: the kit's contract, and logins that end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cinder_testing import Project, driver
 from imagestore import Retry, Store
 from imagestore.driver import Driver, Timeouts
 from imagestore.errors import ConfigurationError, NotFound, PermissionDenied, Unauthenticated
-from imagestore.testing import Harness, checks, run_check
+from imagestore.testing import DriverConformance, Harness, checks, run_check
 
 MIB = 1024 * 1024
 DATA = random.Random(3).randbytes(8 * MIB + 5)
@@ -81,32 +81,9 @@ class KeystoneHarness(Harness):
             assert not left, f"volumes stayed: {left}"
 
 
-# Each costs seconds. What the others show does not depend on who logs in, and where.
-SOME = (
-    "contract.verbs",
-    "contract.image_empty",
-    "contract.image_several_blocks_and_some",
-    "contract.not_found",
-    "contract.name_taken",
-    "contract.delete_in_use",
-    "contract.metadata",
-    "contract.unfinished_is_invisible",
-    "contract.usage",
-    "contract.unreachable",
-    "contract.stalled",
-)
-
-
-@pytest.fixture(scope="module")
-def keystone() -> Iterator[KeystoneHarness]:
-    with contextlib.closing(KeystoneHarness()) as made:
-        yield made
-
-
-@pytest.mark.parametrize("name", SOME)
-def test_some_of_the_kit(keystone: KeystoneHarness, name: str) -> None:
-    (check,) = (each for each in checks() if each.id == name)
-    run_check(check, keystone)
+class TestMember(DriverConformance):
+    harness = KeystoneHarness
+    parts = ("contract",)
 
 
 class BoundHarness(KeystoneHarness):
