@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -13,3 +15,10 @@ settings.load_profile("shared machine")
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Stop the servers at the end of a worker of pytest-xdist too, which ends without its exit handlers."""
+    if hasattr(session.config, "workerinput"):
+        atexit._run_exitfuncs()

@@ -25,6 +25,7 @@ from oslo_config import cfg
 
 from imagestore import driver
 from imagestore.driver import require
+from imagestore.drivers import _rbd_images
 from imagestore.drivers._cinder_client import Api, text_of
 from imagestore.errors import ConfigurationError, StoreError, Unavailable, Unsupported
 
@@ -36,6 +37,7 @@ READING: Final = "imagestore_reading_"
 _CHUNK: Final = 1024 * 1024
 _ZEROS: Final = bytes(_CHUNK)
 _WINDOW: Final = 256 * _CHUNK
+_PIECES: Final = 6
 _BEAT_EVERY: Final = 600.0
 _LINGER: Final = 0.5
 _SEEN_AFTER: Final = 15.0
@@ -134,11 +136,31 @@ class Brick:
         )
 
 
+class Piece(Protocol):
+    """Bytes of a device that were asked for."""
+
+    def wait(self) -> None:
+        """Wait until the device is done with it."""
+
+    def result(self) -> bytes:
+        """Up to as many bytes as were asked for; none only at the end of the device."""
+
+
+class _Later:
+    """A piece of a device that can't be asked beforehand: it is read when it is wanted."""
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        self.result = read
+
+    def wait(self) -> None:
+        """Nothing is on its way."""
+
+
 class Device(Protocol):
     """The bytes of a connected volume."""
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Up to so many bytes; none only at the end of the device."""
+    def ask(self, offset: int, length: int) -> Piece:
+        """Ask for bytes: what is returned waits for them."""
 
     def write(self, offset: int, data: bytes) -> None: ...
 
@@ -160,8 +182,8 @@ class FileDevice:
         self._file = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         self._writable = writable
 
-    def read(self, offset: int, length: int) -> bytes:
-        return os.pread(self._file, length, offset)
+    def ask(self, offset: int, length: int) -> Piece:
+        return _Later(lambda: os.pread(self._file, length, offset))
 
     def write(self, offset: int, data: bytes) -> None:
         rest = memoryview(data)
@@ -206,10 +228,21 @@ class HandleDevice:
         with contextlib.suppress(OSError, AttributeError):
             os.unlink(handle.rbd_conf)
 
-    def read(self, offset: int, length: int) -> bytes:
-        with self._lock:
-            self._handle.seek(offset)
-            return bytes(self._handle.read(length))
+    def ask(self, offset: int, length: int) -> Piece:
+        image = self._image()
+        if image is not None:
+            return _rbd_images.Piece(image, offset, length)
+
+        def read() -> bytes:
+            with self._lock:
+                self._handle.seek(offset)
+                return bytes(self._handle.read(length))
+
+        return _Later(read)
+
+    def _image(self) -> Any:
+        """The image in librbd, where the volume is in Ceph."""
+        return getattr(self._handle, "rbd_image", None)
 
     def write(self, offset: int, data: bytes) -> None:
         with self._lock:
@@ -226,7 +259,7 @@ class HandleDevice:
             return int(self._handle.tell())
 
     def areas(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        image = getattr(self._handle, "rbd_image", None)
+        image = self._image()
         if image is None:
             return iter([(start, stop)])
         found: list[tuple[int, int]] = []
@@ -476,9 +509,10 @@ class Chunks(driver.Chunks):
         super().__init__()
         self._attachment = attachment
         self._device = attachment.device
-        self._at = self._looked = start
+        self._at = start
         self._stop = stop
-        self._areas: deque[tuple[int, int]] = deque()
+        self._extents = _extents(attachment.device, start, stop)
+        self._pending: deque[tuple[int, int, Piece | None]] = deque()
         self._give = give
         self._good = True
         self._whole = False
@@ -497,25 +531,46 @@ class Chunks(driver.Chunks):
         return data
 
     def _next(self) -> bytes:
-        if self._at >= self._looked:
-            self._looked = min(self._at + _WINDOW, self._stop)
-            self._areas = deque(_joined(self._device.areas(self._at, self._looked)))
-        while self._areas and self._areas[0][1] <= self._at:
-            self._areas.popleft()
-        start, stop = self._areas[0] if self._areas else (self._looked, self._looked)
-        if self._at < start:
-            return _ZEROS[: start - self._at]
-        data = self._device.read(self._at, min(_CHUNK, stop - self._at))
-        if not data:
-            raise Unavailable(f"the volume's device ends at byte {self._at}")
+        while True:
+            self._ask()
+            start, length, piece = self._pending[0]
+            if self._at < start:
+                return _ZEROS[: start - self._at]
+            if piece is not None:
+                break
+            self._pending.popleft()
+        data = piece.result()
+        if len(data) != length:
+            raise Unavailable(f"the volume's device ends at byte {start + len(data)}")
+        self._pending.popleft()
         return data
 
+    def _ask(self) -> None:
+        while len(self._pending) < _PIECES:
+            start, length = next(self._extents, (self._stop, 0))
+            self._pending.append((start, length, self._device.ask(start, length) if length else None))
+
     def release(self) -> None:
+        # What is detached while librbd reads would be gone under it.
+        for _, _, piece in self._pending:
+            if piece is not None:
+                piece.wait()
+        self._pending.clear()
         self._give(self._good, self._whole)
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _extents(device: Device, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Where pieces begin that may hold other than zeros, and their lengths; 0 where there are none up to there."""
+    for begin in range(start, stop, _WINDOW):
+        end = min(begin + _WINDOW, stop)
+        for first, last in _joined(device.areas(begin, end)):
+            for at in range(first, last, _CHUNK):
+                yield at, min(_CHUNK, last - at)
+        yield end, 0
 
 
 def _joined(areas: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -202,7 +202,7 @@ def test_device_that_goes_away(project: Project, attached: list[str]) -> None:
     """The cluster shuts the reader out; it comes back by another attachment, and goes on where it was."""
     admin = _rbd.Admin(_rbd.running())
     pool = admin.env["CEPH_VOLUMES_POOL"]
-    data = os.urandom(8 * MIB)
+    data = os.urandom(64 * MIB)  # more than is asked for ahead of the reader
     try:
         with opened(project) as store:
             location = store.add("image", data).location

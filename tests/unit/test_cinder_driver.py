@@ -445,8 +445,8 @@ def test_file_is_never_truncated(tmp_path: Any) -> None:
     device = FileDevice(str(path), writable=True)
     device.write(4, b"xy")
     device.flush()
-    assert device.read(3, 4) == b"3xy6"
-    assert device.read(10, 4) == b""
+    assert device.ask(3, 4).result() == b"3xy6"
+    assert device.ask(10, 4).result() == b""
     device.close()
     assert path.read_bytes() == b"0123xy6789"
 
@@ -495,7 +495,7 @@ def test_handle() -> None:
     handle = Handle(bytearray(b"0123456789"))
     device = HandleDevice(handle)
     device.write(4, b"xy")
-    assert device.read(3, 4) == b"3xy6"
+    assert device.ask(3, 4).result() == b"3xy6"
     device.flush()
     assert handle.flushed
     assert device.size() == 10
@@ -1271,9 +1271,9 @@ def test_holes_are_not_read(server: Cinder, monkeypatch: pytest.MonkeyPatch) -> 
     data = bytes(number + 1 if any(one <= number < end for one, end in areas) else 0 for number in range(100))
     location = store(driver, data=data)
     reads: list[tuple[int, int]] = []
-    real = HandleDevice.read
+    real = HandleDevice.ask
     monkeypatch.setattr(
-        HandleDevice, "read", lambda device, at, length: reads.append((at, length)) or real(device, at, length)
+        HandleDevice, "ask", lambda device, at, length: reads.append((at, length)) or real(device, at, length)
     )
     for start, stop in ((0, 100), (10, 13), (0, 9), (45, 91)):
         assert read(driver, location, start, stop) == data[start:stop]
