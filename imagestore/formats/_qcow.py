@@ -137,6 +137,9 @@ def _extensions(head: bytes, start: int, stop: int, crypt: int, cluster: int, vi
         if length > stop - data:
             report("qcow2.extension", f"extension {kind:#x} of {length} bytes runs over its room", start)
             break
+        if data + length > len(head):
+            report("qcow2.extension", "the image ends inside the header extensions", start)
+            break
         if kind in seen:
             report("qcow2.extension", f"extension {kind:#x} stands there twice", start)
         seen.add(kind)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 BOUNDARIES = {
     "good/qcow2-v3.qcow2": (0, 3, 4, 7, 8, 71, 72, 103, 104, 112, 65535, 65536, 131072, 196608),
+    "good/qcow2-luks.qcow2": (104, 111, 112, 119, 120, 124, 135, 136),
     "good/vmdk-stream-ovftool-style.vmdk": (0, 3, 4, 78, 79, 511, 512, 513, 1023, 1024, 11263, 65536, 134655),
     "good/vhd-dynamic.vhd": (0, 7, 8, 511, 512, 1535, 1536, 4197376, 4197887),
     "good/vhd-fixed-handmade.vhd": (1048576, 1048577, 1049087),
