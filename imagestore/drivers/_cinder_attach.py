@@ -186,10 +186,12 @@ class FileDevice:
         return _Later(lambda: os.pread(self._file, length, offset))
 
     def write(self, offset: int, data: bytes) -> None:
-        rest = memoryview(data)
+        rest, at = memoryview(data), offset
         while rest:
-            written = os.pwrite(self._file, rest, offset)
-            rest, offset = rest[written:], offset + written
+            written = os.pwrite(self._file, rest, at)
+            rest, at = rest[written:], at + written
+        # The kernel begins to write it out now. Else all that its memory holds would wait for `flush`.
+        os.posix_fadvise(self._file, offset, len(data), os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
         if self._writable:
