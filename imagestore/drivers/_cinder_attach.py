@@ -408,6 +408,7 @@ class Readers:
         self._change = threading.Condition(threading.RLock())
         self._held: dict[str, _Held] = {}
         self._stuck: list[Attachment] = []
+        self._dropped: list[threading.Thread] = []
 
     def open(self, volume_id: str, start: int, stop: int, *, partial: bool = False) -> Chunks:
         """The bytes of a volume from ``start`` up to ``stop``; ``partial``: others are likely to be asked for next."""
@@ -424,7 +425,22 @@ class Readers:
             except Exception as second:  # noqa: BLE001 - the first error matters more
                 error.add_note(f"the volume could not be detached: {text_of(second)}")
             raise
-        return Chunks(attachment, start, stop, lambda good, ended: self._give(volume_id, held, good, ended and partial))
+        return Chunks(
+            attachment,
+            start,
+            stop,
+            lambda good, ended: self._give(volume_id, held, good, ended and partial),
+            self._apart,
+        )
+
+    def _apart(self, work: Callable[[], None]) -> None:
+        """Do it in another thread: the one that drops a reader may be librbd's own, which would wait for itself."""
+        if threading.current_thread() is threading.main_thread():
+            work()
+            return
+        thread = threading.Thread(target=work, name="imagestore-cinder-dropped")
+        thread.start()
+        self._dropped = [*(each for each in self._dropped if each.is_alive()), thread]
 
     def has(self, attachment_id: str) -> bool:
         """Whether it is one of these."""
@@ -434,6 +450,8 @@ class Readers:
 
     def close(self) -> None:
         """Try once more to detach what could not be."""
+        for thread in self._dropped:
+            thread.join()
         self._detach()
 
     def _take(self, volume_id: str) -> _Held:
@@ -504,10 +522,18 @@ class Readers:
 class Chunks(driver.Chunks):
     """Pieces of a volume, in order. The attachment is given back at the end, on an error, and when it is dropped.
 
-    ``give`` is told whether the device is good, and whether the end was reached.
+    ``give`` is told whether the device is good, and whether the end was reached. ``apart`` is given what is to be done
+    when it is dropped.
     """
 
-    def __init__(self, attachment: Attachment, start: int, stop: int, give: Callable[[bool, bool], None]) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        start: int,
+        stop: int,
+        give: Callable[[bool, bool], None],
+        apart: Callable[[Callable[[], None]], None],
+    ) -> None:
         super().__init__()
         self._attachment = attachment
         self._device = attachment.device
@@ -516,6 +542,7 @@ class Chunks(driver.Chunks):
         self._extents = _extents(attachment.device, start, stop)
         self._pending: deque[tuple[int, int, Piece | None]] = deque()
         self._give = give
+        self._apart = apart
         self._good = True
         self._whole = False
 
@@ -561,6 +588,10 @@ class Chunks(driver.Chunks):
         self._give(self._good, self._whole)
 
     def __del__(self) -> None:
+        if not self._released:
+            self._apart(self._close_quietly)
+
+    def _close_quietly(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
 

@@ -1200,6 +1200,29 @@ def test_reader_that_is_closed_or_dropped(server: Cinder) -> None:
     assert not server.attached
 
 
+def test_reader_that_is_dropped_by_another_thread(server: Cinder) -> None:
+    """It may be one of librbd's, where the interpreter collects garbage: that must not wait for what is read there."""
+    driver = over(server)
+    location = store(driver)
+    held = [driver.read(location, 0, None)]
+    busy = threading.Lock()
+
+    def wait(name: str) -> None:
+        if name == "detach":
+            with busy:
+                pass
+
+    server.script = wait
+    with busy:
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), "it waited"
+        assert server.attached
+    driver.close()
+    assert not server.attached
+
+
 def test_detach_that_fails_does_not_fail_the_read(server: Cinder) -> None:
     """It is made up for with the next one, or when the store is closed."""
     driver = over(server)
