@@ -151,7 +151,9 @@ class SwiftHarness(Harness):
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[Callable[[], int]]:
-        with self.proxy.answering(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n") as count:
+        # Without "close" the next request may come on a connection that the proxy is about to end.
+        answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        with self.proxy.answering(answer) as count:
             yield count
 
     def hostile_locations(self) -> Iterable[str]:
