@@ -25,7 +25,6 @@ from oslo_config import cfg
 
 from imagestore import driver
 from imagestore.driver import require
-from imagestore.drivers import _rbd_images
 from imagestore.drivers._cinder_client import Api, text_of
 from imagestore.errors import ConfigurationError, StoreError, Unavailable, Unsupported
 
@@ -156,6 +155,28 @@ class _Later:
         """Nothing is on its way."""
 
 
+class _Requested:
+    """A piece of an image in librbd, which is on its way."""
+
+    def __init__(self, image: Any, offset: int, length: int) -> None:
+        # The request holds its callback: if that held this object too, the ring of them would keep librbd's buffers
+        # until a garbage collection.
+        arrived: list[bytes | None] = []
+        self._arrived = arrived
+        self._request = image.aio_read(offset, length, lambda _, data: arrived.append(data))
+
+    def wait(self) -> None:
+        self._request.wait_for_complete_and_cb()
+
+    def result(self) -> bytes:
+        self.wait()
+        [data] = self._arrived
+        if data is None:
+            number = -self._request.get_return_value()
+            raise OSError(number, os.strerror(number))
+        return data
+
+
 class Device(Protocol):
     """The bytes of a connected volume."""
 
@@ -233,7 +254,7 @@ class HandleDevice:
     def ask(self, offset: int, length: int) -> Piece:
         image = self._image()
         if image is not None:
-            return _rbd_images.Piece(image, offset, length)
+            return _Requested(image, offset, length)
 
         def read() -> bytes:
             with self._lock:

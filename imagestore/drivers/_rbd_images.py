@@ -17,7 +17,7 @@ from imagestore.errors import Changed, NotFound, Unavailable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["METADATA", "ImageChunks", "OpenImage", "OpenImages", "Piece", "record_of", "time_of"]
+__all__ = ["METADATA", "ImageChunks", "OpenImage", "OpenImages", "record_of", "time_of"]
 
 METADATA: Final = "imagestore"
 _TOKEN: Final = re.compile(r"[0-9a-f]{32}")
@@ -172,7 +172,7 @@ class OpenImages:
         self.clear()
 
 
-class Piece:
+class _Piece:
     """A request for a piece of an image."""
 
     def __init__(self, handle: Any, offset: int, length: int) -> None:
@@ -188,7 +188,6 @@ class Piece:
         self.request.wait_for_complete_and_cb()
 
     def result(self) -> bytes:
-        self.wait()
         [data] = self._arrived
         if data is None:
             kind, text = MEANING.get(-self.request.get_return_value(), (Unavailable, "the cluster can't read this"))
@@ -207,13 +206,14 @@ class ImageChunks(Chunks):
         self._next = start
         self._stop = stop
         self._images = images
-        self._pending: deque[Piece] = deque()
+        self._pending: deque[_Piece] = deque()
 
     def fetch(self) -> bytes:
         self._ask()
         if not self._pending:
             return b""
         piece = self._pending[0]
+        piece.wait()
         data = piece.result()
         if not piece.sure:
             self._make_sure()
@@ -223,7 +223,7 @@ class ImageChunks(Chunks):
     def _ask(self) -> None:
         while self._next < self._stop and len(self._pending) < _PIECES:
             length = min(_PIECE - self._next % _PIECE, self._stop - self._next)
-            self._pending.append(Piece(self._image.handle, self._next, length))
+            self._pending.append(_Piece(self._image.handle, self._next, length))
             self._next += length
 
     def _make_sure(self) -> None:
