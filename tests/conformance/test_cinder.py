@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -27,6 +28,8 @@ from imagestore.testing import DriverConformance, Harness, checks, run_check
 
 TOKEN = "0123456789abcdef" * 2
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+EVERYTHING = bool(os.environ.get("IMAGESTORE_EVERYTHING"))
+"""Whether the whole kit runs on loop devices too, which takes ten minutes more."""
 NOWHERE = "5b0f7d3c-0000-4000-8000-000000000001"
 
 
@@ -149,7 +152,7 @@ class TestLoop(DriverConformance):
     """The parts that say more of the driver than of the backend; and below some of the others."""
 
     harness = LoopHarness
-    parts = ("discipline", "locations")
+    parts = DriverConformance.parts if EVERYTHING else ("discipline", "locations")
 
     def test_discipline_many_threads(self) -> None:
         """As the kit's, with fewer threads: all of this Cinder is one process, and would take minutes for those."""

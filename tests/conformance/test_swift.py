@@ -28,7 +28,7 @@ from imagestore.testing import DriverConformance, Harness, NotApplicable
 pytestmark = pytest.mark.filterwarnings("error")
 
 TOKEN = "0123456789abcdef0123456789abcdef"
-EVERYTHING = bool(os.environ.get("IMAGESTORE_SWIFT_EVERYTHING"))
+EVERYTHING = bool(os.environ.get("IMAGESTORE_EVERYTHING"))
 """Whether also those slow checks run on Keystone in which nothing depends on who logs in, and where."""
 HEAVY = ("memory", "many_threads", "many_reading_threads", "nothing_kept")
 
@@ -344,6 +344,7 @@ class MultiTenantHarness(KeystoneHarness):
 
 class TestMultiTenant(DriverConformance):
     harness = MultiTenantHarness
+    parts = TestKeystone.parts
 
 
 if not EVERYTHING:
