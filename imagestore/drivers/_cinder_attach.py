@@ -8,6 +8,7 @@ last: Cinder would let a volume be attached elsewhere while a connection that is
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import shlex
@@ -456,12 +457,14 @@ class Readers:
 
     def _apart(self, work: Callable[[], None]) -> None:
         """Do it in another thread: the one that drops a reader may be librbd's own, which would wait for itself."""
-        if threading.current_thread() is threading.main_thread():
+        # Not `current_thread`, which would enter a foreign thread among Python's for good.
+        if threading.get_ident() == threading.main_thread().ident:
             work()
             return
         thread = threading.Thread(target=work, name="imagestore-cinder-dropped")
-        thread.start()
-        self._dropped = [*(each for each in self._dropped if each.is_alive()), thread]
+        with self._change:
+            thread.start()
+            self._dropped = [*(each for each in self._dropped if each.is_alive()), thread]
 
     def has(self, attachment_id: str) -> bool:
         """Whether it is one of these."""
@@ -471,7 +474,9 @@ class Readers:
 
     def close(self) -> None:
         """Try once more to detach what could not be."""
-        for thread in self._dropped:
+        with self._change:
+            dropped = self._dropped
+        for thread in dropped:
             thread.join()
         self._detach()
 
@@ -566,6 +571,7 @@ class Chunks(driver.Chunks):
         self._apart = apart
         self._good = True
         self._whole = False
+        self._pid = os.getpid()
 
     def fetch(self) -> bytes:
         if self._at >= self._stop:
@@ -590,14 +596,17 @@ class Chunks(driver.Chunks):
                 break
             self._pending.popleft()
         data = piece.result()
-        if len(data) != length:
-            raise Unavailable(f"the volume's device ends at byte {start + len(data)}")
+        if not data:
+            raise Unavailable(f"the volume's device ends at byte {start}")
         self._pending.popleft()
+        if len(data) < length:
+            # Some file systems give less than there is.
+            start, length = start + len(data), length - len(data)
+            self._pending.appendleft((start, length, self._device.ask(start, length)))
         return data
 
     def _ask(self) -> None:
-        while len(self._pending) < _PIECES:
-            start, length = next(self._extents, (self._stop, 0))
+        for start, length in itertools.islice(self._extents, max(0, _PIECES - len(self._pending))):
             self._pending.append((start, length, self._device.ask(start, length) if length else None))
 
     def release(self) -> None:
@@ -609,7 +618,8 @@ class Chunks(driver.Chunks):
         self._give(self._good, self._whole)
 
     def __del__(self) -> None:
-        if not self._released:
+        # What a process's parent has open is not the child's to give back.
+        if not self._released and self._pid == os.getpid():
             self._apart(self._close_quietly)
 
     def _close_quietly(self) -> None:

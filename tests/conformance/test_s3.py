@@ -37,8 +37,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "servers"))
 from _s3 import client, options, running
 from faultproxy import FaultProxy
 
-EVERYTHING = bool(os.environ.get("IMAGESTORE_EVERYTHING"))
-"""Whether the stand-in is also asked for what is of the driver alone, and what another server has shown."""
 SLOW_DOWN = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -244,7 +242,6 @@ class MotoHarness(S3Harness):
 
 class TestMoto(DriverConformance):
     harness = MotoHarness
-    parts = DriverConformance.parts if EVERYTHING else ("contract", "faults", "locations")
 
 
 class ProxiedHarness(RgwHarness):

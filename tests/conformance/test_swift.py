@@ -344,7 +344,6 @@ class MultiTenantHarness(KeystoneHarness):
 
 class TestMultiTenant(DriverConformance):
     harness = MultiTenantHarness
-    parts = TestKeystone.parts
 
 
 if not EVERYTHING:

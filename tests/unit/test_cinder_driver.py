@@ -6,6 +6,7 @@ import ast
 import copy
 import gc
 import importlib
+import os
 import threading
 import uuid
 from types import SimpleNamespace
@@ -1223,6 +1224,16 @@ def test_reader_that_is_dropped_by_another_thread(server: Cinder) -> None:
     assert not server.attached
 
 
+def test_reader_that_a_child_drops_is_its_parents(server: Cinder, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = over(server)
+    reading = driver.read(store(driver), 0, None)
+    own = os.getpid()
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: own + 1)
+        del reading
+    assert server.attached
+
+
 def test_detach_that_fails_does_not_fail_the_read(server: Cinder) -> None:
     """It is made up for with the next one, or when the store is closed."""
     driver = over(server)
@@ -1271,8 +1282,8 @@ def test_device_that_ends_early(server: Cinder) -> None:
     assert not server.attached
     server.bytes[location.key[0]] = whole
     reading = driver.read(location, 0, None)
-    reading.chunks._at = 3  # type: ignore[attr-defined]
     del whole[3:]
+    assert next(reading.chunks) == b"012"
     with pytest.raises(Unavailable, match="ends at byte 3"):
         next(reading.chunks)
     assert not server.attached
@@ -1303,6 +1314,20 @@ def test_holes_are_not_read(server: Cinder, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(length <= 4 for _, length in reads)
     assert all(any(at < end and at + length > one for one, end in areas) for at, length in reads), "a hole was read"
     assert all(stop - start <= 16 for start, stop in asked)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_device_that_gives_less_than_it_is_asked_for(
+    server: Cinder, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(_cinder_attach, "_CHUNK", 4)
+    driver = over(server)
+    location = store(driver)
+    real = HandleDevice.ask
+    monkeypatch.setattr(HandleDevice, "ask", lambda device, at, length: real(device, at, min(length, most)))
+    assert read(driver, location, 0, None) == b"0123456789"
+    assert read(driver, location, 3, 9) == b"345678"
+    assert not server.attached
 
 
 def test_pieces_that_follow_each_other_share_an_attachment(server: Cinder, monkeypatch: pytest.MonkeyPatch) -> None:
